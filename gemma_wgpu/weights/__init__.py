@@ -1,0 +1,1 @@
+"""Model weights: reading checkpoints, and the layouts that the shaders read."""

@@ -1,0 +1,107 @@
+"""Byte-pair merging by SentencePiece scores, in the order of the merges in Gemma's tokenizer.json."""
+
+import re
+from array import array
+from collections.abc import Mapping, Sequence
+from heapq import heapify, heappop, heappush
+
+SPACE = "▁"  # U+2581, what Gemma's pieces hold in place of a space
+
+_CACHED_WORDS = 1 << 15
+_CACHED_LENGTH = 64
+
+# A possible merge: (-score, -left length, -right length, id of the result, start), in characters. Its order
+# is that of tokenizer.json's merges: by score, then the longer left part, the longer right part, the id; of
+# equal merges the leftmost goes first.
+_Merge = tuple[float, int, int, int, int]
+
+
+class PairMerger:
+    """Turns text without added tokens into ids.
+
+    `ids` maps every piece that a merge may make, and every single character, to its id, with SPACE for a
+    space. `scores` has one float per id; the highest merges first. `byte_ids` has 256 ids, for characters
+    that are not pieces.
+    """
+
+    def __init__(self, ids: Mapping[str, int], scores: Sequence[float], byte_ids: Sequence[int]) -> None:
+        self._ids = ids
+        self._costs = array("f", (-score for score in scores))
+        self._byte_ids = byte_ids
+        self._words = _word_pattern(ids)
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; valid Unicode without surrogates. Time is O(n log n) in its length."""
+        out: list[int] = []
+        cache = self._cache
+        for word in self._words.findall(text.replace(" ", SPACE)):
+            ids = cache.get(word)
+            if ids is None:
+                ids = self._merge(word)
+                if len(word) <= _CACHED_LENGTH:
+                    if len(cache) >= _CACHED_WORDS:
+                        cache.clear()
+                    cache[word] = ids
+            out += ids
+        return out
+
+    def _merge(self, word: str) -> list[int]:
+        # Symbols go by where they start: ends[start] is where one ends, 0 once it is part of the one before.
+        length = len(word)
+        ids: list[int | None] = [self._ids.get(character) for character in word]
+        ends = list(range(1, length + 1))
+        before = list(range(-1, length - 1))
+        heap = [merge for start in range(length - 1) if (merge := self._candidate(word, ids, ends, start))]
+        heapify(heap)
+        while heap:
+            _, left, right, merged, start = heappop(heap)
+            middle = start - left
+            end = middle - right
+            if ends[start] != middle or ends[middle] != end:
+                continue  # one of the two has been merged with something else since
+            ids[start] = merged
+            ends[start], ends[middle] = end, 0
+            if end < length:
+                before[end] = start
+                if merge := self._candidate(word, ids, ends, start):
+                    heappush(heap, merge)
+            if start and (merge := self._candidate(word, ids, ends, before[start])):
+                heappush(heap, merge)
+        out: list[int] = []
+        start = 0
+        while start < length:
+            symbol = ids[start]
+            if symbol is None:
+                out += [self._byte_ids[byte] for byte in word[start].encode()]
+            else:
+                out.append(symbol)
+            start = ends[start]
+        return out
+
+    def _candidate(self, word: str, ids: list[int | None], ends: list[int], start: int) -> _Merge | None:
+        """The merge of the symbol at `start` with the next, which there is; None where no piece results."""
+        middle = ends[start]
+        end = ends[middle]
+        merged = self._ids.get(word[start:end])
+        if merged is None or ids[start] is None or ids[middle] is None:
+            return None
+        return self._costs[merged], start - middle, middle - end, merged, start
+
+
+def _word_pattern(pieces: Mapping[str, int]) -> re.Pattern[str]:
+    """Cuts text where no piece reaches across, so that words can be merged one by one and remembered.
+
+    That is before a SPACE which follows another character, unless some piece has that inside (Gemma 3 has
+    one: ">▁</").
+    """
+    inside = {piece[at - 1] for piece in pieces for at in _inner_spaces(piece)}
+    joined = f"(?<=[{re.escape(''.join(sorted(inside)))}]){SPACE}++[^{SPACE}]*+" if inside else "(?!)"
+    return re.compile(f"{SPACE}++[^{SPACE}]*+(?:{joined})*+|[^{SPACE}]++(?:{joined})*+")
+
+
+def _inner_spaces(piece: str) -> list[int]:
+    """Where `piece` has a SPACE right after another character."""
+    if SPACE not in piece[1:]:
+        return []
+    return [at for at in range(1, len(piece)) if piece[at] == SPACE != piece[at - 1]]

@@ -1,0 +1,162 @@
+"""The seam: what the model asks of a GPU, natively and in the browser alike.
+
+Everything above this file is the same code on every platform. A backend subclasses `Device`; see `native.py`.
+Reading from the GPU is asynchronous at the bottom, since a browser has no other way; `Device.wait` is the
+synchronous face, for platforms that can block.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.errors import DeviceError
+from gemma_wgpu.gpu.shader import load_shader
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """Who the GPU is: strings as the driver gives them, empty where it is silent."""
+
+    vendor: str
+    architecture: str
+    device: str
+    driver: str
+    backend: str  # "Vulkan", "Metal", "D3D12", "WebGPU"
+    type: str  # "DiscreteGPU", "IntegratedGPU", "CPU", "Unknown"
+
+    def __str__(self) -> str:
+        details = ", ".join(part for part in (self.backend, self.driver) if part)
+        return f"{self.device or self.architecture or self.vendor or 'unnamed GPU'} ({details})"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits that the kernels must respect (WebGPU, section 3.6.2), in bytes and counts."""
+
+    max_buffer_size: int
+    max_storage_buffer_binding_size: int
+    max_storage_buffers_per_shader_stage: int
+    max_compute_workgroup_storage_size: int
+    max_compute_invocations_per_workgroup: int
+    max_compute_workgroups_per_dimension: int
+
+
+class Buffer(abc.ABC):
+    """A span of GPU memory, usable as storage, copy source and copy destination."""
+
+    size: int  # bytes
+    label: str
+
+    @abc.abstractmethod
+    def destroy(self) -> None:
+        """Give the memory back at once. Idempotent."""
+
+
+class Pipeline(abc.ABC):
+    """A compiled shader with its constants."""
+
+    label: str
+
+
+class Program(abc.ABC):
+    """Dispatches resolved once, to be replayed by `Device.submit`."""
+
+    dispatches: Sequence[Dispatch]
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One kernel launch: `bindings[i]` is bound whole at `@binding(i)` of group 0."""
+
+    pipeline: Pipeline
+    bindings: tuple[Buffer, ...]
+    workgroups: tuple[int, int, int]
+
+
+Constants = Mapping[str, int | float | bool]
+
+
+class Device(abc.ABC):
+    """A GPU, opened. Not thread-safe: one thread or one event loop drives it."""
+
+    info: AdapterInfo
+    limits: Limits
+    features: frozenset[str]  # of the adapter, in WebGPU's names: "shader-f16", "subgroups", "timestamp-query"
+    allocated: int  # bytes in buffers that live
+
+    def __init__(self) -> None:
+        self.allocated = 0
+        self._pipelines: dict[tuple[object, ...], Pipeline] = {}
+
+    def buffer(self, size: int, label: str) -> Buffer:
+        """A zeroed buffer of `size` bytes, rounded up to a multiple of 16.
+
+        Raises DeviceError where `size` exceeds a limit of the adapter or the memory is exhausted.
+        """
+        size = max(16, -(-size // 16) * 16)
+        limit = min(self.limits.max_buffer_size, self.limits.max_storage_buffer_binding_size)
+        if size > limit:
+            raise DeviceError(
+                f"buffer '{label}' needs {size:,} bytes; {self.info.device or 'this adapter'} binds at most "
+                f"{limit:,}. Ask for a shorter context_length or a smaller model."
+            )
+        return self._create_buffer(size, label)
+
+    def upload(self, data: NDArray[Any], label: str) -> Buffer:
+        """A new buffer that holds `data`."""
+        buffer = self.buffer(data.nbytes, label)
+        self.write(buffer, data)
+        return buffer
+
+    def pipeline(self, shader: str, constants: Constants, *, half: bool = False) -> Pipeline:
+        """`shaders/<shader>.wgsl` compiled with its `override` constants; one for each distinct request.
+
+        `half` makes the type `half` of the shaders f16 instead of f32.
+        """
+        key = (shader, half, *sorted(constants.items()))
+        if key not in self._pipelines:
+            source = load_shader(shader, half=half)
+            self._pipelines[key] = self._create_pipeline(shader, source, constants)
+        return self._pipelines[key]
+
+    @abc.abstractmethod
+    def _create_buffer(self, size: int, label: str) -> Buffer: ...
+
+    @abc.abstractmethod
+    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Pipeline: ...
+
+    @abc.abstractmethod
+    def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
+        """Copy `data` into `buffer` from byte `offset` on, before anything submitted later."""
+
+    @abc.abstractmethod
+    def record(self, dispatches: Sequence[Dispatch]) -> Program:
+        """Resolve `dispatches` for replay."""
+
+    @abc.abstractmethod
+    def submit(self, programs: Sequence[Program]) -> None:
+        """Run the programs one after the other; each dispatch sees what the ones before it wrote."""
+
+    @abc.abstractmethod
+    async def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> NDArray[np.uint8]:
+        """Bytes `offset` to `offset + size` of `buffer`, as they are after everything submitted before this call.
+
+        The copy is put on the queue by the call itself, not when it is first awaited. `offset` and `size` are
+        multiples of 4.
+        """
+
+    @abc.abstractmethod
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine made of this device's reads to its end, blocking. DeviceError where one can't block."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free all that the device holds. Idempotent."""

@@ -1,0 +1,121 @@
+"""A model on disk: its configuration, its tensors by Hugging Face's names, its tokenizer."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.errors import ModelError
+from gemma_wgpu.weights.layouts import Layout, Packed
+
+if TYPE_CHECKING:
+    from gemma_wgpu.tokenizer import Tokenizer
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class Tensor(ABC):
+    """A weight matrix: `shape` is (rows, cols), rows being its outputs; `name` is Hugging Face's."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """The layout that `pack` gives."""
+
+    @abstractmethod
+    def pack(self, start: int = 0, stop: int | None = None) -> Packed:
+        """Rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
+
+
+class Checkpoint(ABC):
+    """A model that was found whole: every tensor the architecture needs was checked when it was opened.
+
+    `nbytes` counts the bytes that these tensors take in the source. `quantization` is as the source calls it:
+    "Q4_K_M", "bf16". Use as a context manager, or close() when the weights have been read.
+    """
+
+    path: Path
+    name: str
+    config: Gemma3Config
+    nbytes: int
+    quantization: str
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """The matrix of a name in `matrix_shapes`. Raises ModelError for any other."""
+
+    @abstractmethod
+    def norm(self, name: str) -> NDArray[np.float32]:
+        """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
+
+    @abstractmethod
+    def tokenizer(self) -> "Tokenizer":
+        """The tokenizer that belongs to the model. Raises ModelError when it is missing or damaged."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files. What was packed stays valid; tensors raise ModelError from then on."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def matrix_shapes(config: Gemma3Config) -> dict[str, tuple[int, int]]:
+    """(rows, cols) of every matrix the architecture has; the head is the embedding."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = config.query_size, config.key_value_size
+    shapes = {EMBEDDING: (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.self_attn.q_proj.weight": (query, hidden),
+            f"{prefix}.self_attn.k_proj.weight": (key, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (key, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, query),
+            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
+        }
+    return shapes
+
+
+def norm_shapes(config: Gemma3Config) -> dict[str, tuple[int]]:
+    """(length,) of every norm the architecture has."""
+    shapes = {"model.norm.weight": (config.hidden_size,)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (config.hidden_size,),
+            f"{prefix}.post_attention_layernorm.weight": (config.hidden_size,),
+            f"{prefix}.pre_feedforward_layernorm.weight": (config.hidden_size,),
+            f"{prefix}.post_feedforward_layernorm.weight": (config.hidden_size,),
+            f"{prefix}.self_attn.q_norm.weight": (config.head_dim,),
+            f"{prefix}.self_attn.k_norm.weight": (config.head_dim,),
+        }
+    return shapes
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a .gguf file, or a Hugging Face folder: config.json, *.safetensors, tokenizer.json.
+
+    Raises ModelError, naming the file and the tensor or key, when it is missing, damaged, incomplete or not a
+    Gemma 3 that can be run.
+    """
+    from gemma_wgpu.weights.gguf import GGUFCheckpoint  # these build on this module
+    from gemma_wgpu.weights.safetensors import SafetensorsCheckpoint
+
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return SafetensorsCheckpoint(path)
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder; give a .gguf file or a Hugging Face model folder")
+    return GGUFCheckpoint(path)

@@ -1,0 +1,124 @@
+"""How model files store rows of weights, and how that becomes the two arrays of a Layout, bit for bit.
+
+The quantised ones are GGUF's block types, as ggml defines them (ggml-quants.c): records of a few bytes, each
+with its scales and the numbers of 32 or 256 neighbours along a row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.weights.layouts import BLOCK, Layout, pack_halves, pack_nibbles
+
+Words = NDArray[np.uint32]
+Split = Callable[[NDArray[np.uint8]], tuple[Words, Words]]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """`group` neighbouring weights take `group_bytes`; `split` makes (quants, scales) of whole groups."""
+
+    name: str
+    layout: Layout
+    group: int
+    group_bytes: int
+    split: Split
+
+    @property
+    def dense(self) -> bool:
+        """Whether the weights are plain floats, one after the other."""
+        return self.group == 1
+
+
+def _floats(data: NDArray[np.uint8]) -> tuple[Words, Words]:
+    # A copy only where the file has the tensor at an address that is no multiple of four.
+    return np.require(data.view(np.uint32), requirements="A"), np.empty(0, np.uint32)
+
+
+_Q4_0 = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
+
+
+def _q4_0(data: NDArray[np.uint8]) -> tuple[Words, Words]:
+    blocks = data.view(_Q4_0)
+    return _words(blocks["qs"]), pack_halves(blocks["d"])
+
+
+_Q4_1 = np.dtype([("dm", "<u4"), ("qs", "u1", 16)])
+
+
+def _q4_1(data: NDArray[np.uint8]) -> tuple[Words, Words]:
+    blocks = data.view(_Q4_1)
+    return _words(blocks["qs"]), _words(blocks["dm"])
+
+
+_Q5_0 = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
+
+
+def _q5_0(data: NDArray[np.uint8]) -> tuple[Words, Words]:
+    blocks = data.view(_Q5_0)
+    low = blocks["qs"]
+    high = np.unpackbits(blocks["qh"], axis=1, bitorder="little")
+    numbers = np.concatenate((low & 15, low >> 4), axis=1) | high << 4
+    return _words(numbers.view(np.int8) - np.int8(16)), pack_halves(blocks["d"])
+
+
+_Q8_0 = np.dtype([("d", "<f2"), ("qs", "i1", BLOCK)])
+
+
+def _q8_0(data: NDArray[np.uint8]) -> tuple[Words, Words]:
+    blocks = data.view(_Q8_0)
+    return _words(blocks["qs"]), pack_halves(blocks["d"])
+
+
+_Q4_K = np.dtype([("d", "<u4"), ("scales", "u1", (3, 4)), ("qs", "u1", (4, BLOCK))])
+
+
+def _q4_k(data: NDArray[np.uint8]) -> tuple[Words, Words]:
+    groups = data.view(_Q4_K)
+    # The 6-bit sc and m of blocks 0-3 are the low bits of bytes 0-3 and 4-7. Those of blocks 4-7 have their
+    # low four bits in the nibbles of bytes 8-11, and their high two in the top bits of bytes 0-3 and 4-7.
+    first, last = groups["scales"][:, :2], groups["scales"][:, 2]
+    pairs = np.empty((len(groups), 8, 2), np.uint8)
+    pairs[:, :4] = np.moveaxis(first & 63, 1, 2)
+    pairs[:, 4:] = np.moveaxis(first >> 6 << 4, 1, 2)
+    pairs[:, 4:, 0] |= last & 15
+    pairs[:, 4:, 1] |= last >> 4
+    scales = np.empty((len(groups), 5), np.uint32)
+    scales[:, 0] = groups["d"]
+    scales[:, 1:] = pairs.reshape(-1, 16).view(np.uint32)
+    # Each run of 32 bytes has one block in its low nibbles and the next in its high ones.
+    numbers = np.stack((groups["qs"] & 15, groups["qs"] >> 4), axis=2)
+    return pack_nibbles(numbers), scales.reshape(-1)
+
+
+_Q6_K = np.dtype([("ql", "u1", (2, 2, BLOCK)), ("qh", "u1", (2, BLOCK)), ("scales", "u1", 16), ("d", "<u2")])
+
+
+def _q6_k(data: NDArray[np.uint8]) -> tuple[Words, Words]:
+    groups = data.view(_Q6_K)
+    # Each half of the group: the low nibbles of two runs of 32 bytes, then their high ones; above each, two
+    # bits of qh.
+    low = np.concatenate((groups["ql"] & 15, groups["ql"] >> 4), axis=2)
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    numbers = low | (groups["qh"][:, :, None] >> shifts & 3) << 4
+    scales = np.empty((len(groups), 5), np.uint32)
+    scales[:, 0] = groups["d"]
+    scales[:, 1:] = np.ascontiguousarray(groups["scales"]).view(np.uint32)
+    return _words(numbers.view(np.int8) - np.int8(32)), scales.reshape(-1)
+
+
+def _words(array: NDArray[np.generic]) -> Words:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+
+
+F32 = Encoding("F32", Layout.F32, 1, 4, _floats)
+F16 = Encoding("F16", Layout.F16, 1, 2, _floats)
+BF16 = Encoding("BF16", Layout.BF16, 1, 2, _floats)
+Q4_0 = Encoding("Q4_0", Layout.INT4, 32, _Q4_0.itemsize, _q4_0)
+Q4_1 = Encoding("Q4_1", Layout.INT4_OFFSET, 32, _Q4_1.itemsize, _q4_1)
+Q5_0 = Encoding("Q5_0", Layout.INT8, 32, _Q5_0.itemsize, _q5_0)
+Q8_0 = Encoding("Q8_0", Layout.INT8, 32, _Q8_0.itemsize, _q8_0)
+Q4_K = Encoding("Q4_K", Layout.INT4_SUPER, 256, _Q4_K.itemsize, _q4_k)
+Q6_K = Encoding("Q6_K", Layout.INT8_SUPER, 256, _Q6_K.itemsize, _q6_k)

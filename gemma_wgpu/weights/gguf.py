@@ -1,0 +1,296 @@
+"""Reading GGUF version 3: a header of typed metadata and tensor descriptions, then the tensors' data.
+
+The format is described in ggml's docs/gguf.md. All numbers are little-endian.
+"""
+
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.errors import ModelError
+from gemma_wgpu.weights import encodings
+from gemma_wgpu.weights.stored import HEAD, MappedFile, StoredCheckpoint, StoredTensor
+
+if TYPE_CHECKING:
+    from gemma_wgpu.tokenizer import Tokenizer
+
+_MAGIC = b"GGUF"
+_VERSION = 3
+_ALIGNMENT = 32  # unless the metadata say otherwise
+
+# Far above any real file, low enough that a damaged count is refused before it is believed.
+_MOST_ENTRIES = 1 << 16
+_MOST_ITEMS = 1 << 22
+_MOST_DIMENSIONS = 4
+_LONGEST_NAME = 1 << 10
+
+# Metadata value types.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT = 8
+_ARRAY = 9
+
+# ggml tensor types: those that can be read, and the names of those that files in circulation also have.
+_ENCODINGS = {
+    0: encodings.F32,
+    1: encodings.F16,
+    2: encodings.Q4_0,
+    3: encodings.Q4_1,
+    6: encodings.Q5_0,
+    8: encodings.Q8_0,
+    12: encodings.Q4_K,
+    14: encodings.Q6_K,
+    30: encodings.BF16,
+}
+_UNREADABLE = {
+    7: "Q5_1",
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    13: "Q5_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+}
+
+# `general.file_type`, of the files whose tensors can be read.
+_FILE_TYPES = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    7: "Q8_0",
+    8: "Q5_0",
+    14: "Q4_K_S",
+    15: "Q4_K_M",
+    18: "Q6_K",
+    32: "BF16",
+}
+
+_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    HEAD: "output.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    """What a GGUF calls the tensor that Hugging Face calls `name`."""
+    if name in _NAMES:
+        return _NAMES[name]
+    layer, _, part = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
+    return f"blk.{layer}.{_LAYER_NAMES[part]}.weight"
+
+
+class GGUFCheckpoint(StoredCheckpoint):
+    """A Gemma 3 in a GGUF file. `metadata` has the file's keys; lists of numbers are numpy arrays.
+
+    Raises ModelError, naming the file and what is wrong, unless every tensor is there and can be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file = MappedFile(path)
+        header = _Header(file)
+        self.metadata = header.metadata
+        name = self.metadata.get("general.name")
+        kind = self.metadata.get("general.file_type")
+        super().__init__(
+            path,
+            name if isinstance(name, str) else path.stem,
+            Gemma3Config.from_gguf(self.metadata, source=str(path)),
+            [file],
+            header.tensors(),
+            file_name=gguf_name,
+            norm_bias=0,  # the converter has added the 1
+            quantization=_FILE_TYPES.get(kind) if isinstance(kind, int) else None,
+        )
+
+    def tokenizer(self) -> "Tokenizer":
+        """The SentencePiece vocabulary in the metadata. Raises ModelError if it is damaged or not Gemma's."""
+        from gemma_wgpu.tokenizer import BPETokenizer
+
+        pieces, scores, types = (
+            self.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")
+        )
+        if self.metadata.get("tokenizer.ggml.model") != "llama" or not isinstance(pieces, list):
+            raise ModelError(
+                f"{self.path}: tokenizer.ggml.model is not llama; Gemma 3's vocabulary is of that kind"
+            )
+        if not isinstance(scores, np.ndarray) or not isinstance(types, np.ndarray):
+            raise ModelError(
+                f"{self.path}: tokenizer.ggml.scores or token_type is missing; convert the model again"
+            )
+        return BPETokenizer(pieces, scores, types, source=str(self.path))
+
+
+class _Header:
+    """The file read in order up to its tensors' data: `metadata` when constructed, then `tensors()`, once."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self._file = file
+        self._at = 0
+        head = file.map[:256]
+        if head[:4] != _MAGIC:
+            raise ModelError(f"{file.path}: not a GGUF file: {_likeness(head)}")
+        self._at = len(_MAGIC)
+        version = self._scalar("I")
+        if version != _VERSION:
+            swapped = 0 < int.from_bytes(head[4:8], "big") <= _VERSION
+            what = "big-endian" if swapped else f"version {version}"
+            raise self._error(
+                f"GGUF is {what}; only little-endian version {_VERSION} can be read, convert it again"
+            )
+        self._tensors = self._count("Q", "tensors", _MOST_ENTRIES)
+        entries = self._count("Q", "metadata entries", _MOST_ENTRIES)
+        self.metadata: dict[str, object] = {}
+        for _ in range(entries):
+            key = self._name()
+            if key in self.metadata:
+                raise self._error(f"metadata key {key!r} appears twice; the file is damaged")
+            self.metadata[key] = self._value(key)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The tensors by their GGUF names. Raises ModelError naming one that cannot be read."""
+        described = [self._description() for _ in range(self._tensors)]
+        alignment = self.metadata.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise self._error("general.alignment is not a positive integer; the file is damaged")
+        start = _aligned(self._at, alignment)
+        expected = 0
+        tensors: dict[str, StoredTensor] = {}
+        for name, shape, kind, offset in described:
+            if name in tensors:
+                raise self._error(f"tensor {name!r} appears twice; the file is damaged")
+            encoding = _ENCODINGS.get(kind)
+            if encoding is None:
+                what = _UNREADABLE.get(kind, f"of unknown type {kind}")
+                known = ", ".join(known.name for known in _ENCODINGS.values())
+                raise self._error(f"tensor {name!r} is {what}; use a GGUF with {known} only")
+            tensor = StoredTensor(name, shape, name, encoding, self._file, start + offset)
+            if offset != expected:  # the format leaves no gaps, so this finds most damage to types and shapes
+                raise tensor.error(f"is at offset {offset} where {expected} is due; the file is damaged")
+            expected = _aligned(offset + tensor.nbytes, alignment)
+            tensors[name] = tensor
+        return tensors
+
+    def _description(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._name()
+        dimensions = self._count("I", f"dimensions of tensor {name!r}", _MOST_DIMENSIONS)
+        shape = tuple(self._scalar("Q") for _ in range(dimensions))[::-1]  # stored innermost first
+        return name, shape, self._scalar("I"), self._scalar("Q")
+
+    def _value(self, key: str) -> object:
+        kind = self._scalar("I")
+        if kind == _TEXT:
+            return self._text()
+        if kind in _SCALARS:
+            return self._scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise self._error(f"metadata key {key!r} is of unknown type {kind}; the file is damaged")
+        kind = self._scalar("I")
+        count = self._count("Q", f"items of metadata key {key!r}", _MOST_ITEMS)
+        if kind == _TEXT:
+            return self._texts(count)
+        if kind not in _SCALARS:
+            raise self._error(f"metadata key {key!r} is a list of type {kind}, which cannot be read")
+        item = np.dtype(_SCALARS[kind])
+        return np.frombuffer(self._take(count * item.itemsize), item)
+
+    def _name(self) -> str:
+        length = self._count("Q", "characters of a name", _LONGEST_NAME)
+        return self._decoded(self._take(length))
+
+    def _text(self) -> str:
+        return self._decoded(self._take(self._scalar("Q")))
+
+    def _texts(self, count: int) -> list[str]:
+        # As _text, but quick: a vocabulary has 262144 of them.
+        buffer, at, size = self._file.map, self._at, self._file.size
+        length_at = struct.Struct("<Q").unpack_from
+        texts = []
+        for _ in range(count):
+            start = at + 8
+            if start > size:
+                raise self._cut_short()
+            at = start + length_at(buffer, at)[0]
+            if at > size:
+                raise self._cut_short()
+            texts.append(buffer[start:at])
+        self._at = at
+        return [self._decoded(text) for text in texts]
+
+    def _decoded(self, text: bytes) -> str:
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise self._error(f"{text[:40]!r} in the header is not UTF-8; the file is damaged") from None
+
+    def _count(self, code: str, what: str, most: int) -> int:
+        count: int = self._scalar(code)
+        if count > most:
+            raise self._error(f"claims {count} {what}, at most {most} is plausible; the file is damaged")
+        return count
+
+    def _scalar(self, code: str) -> Any:
+        form = struct.Struct(f"<{code}")
+        return form.unpack(self._take(form.size))[0]
+
+    def _take(self, length: int) -> bytes:
+        end = self._at + length
+        if end > self._file.size:
+            raise self._cut_short()
+        taken = self._file.map[self._at : end]
+        self._at = end
+        return taken
+
+    def _cut_short(self) -> ModelError:
+        return self._error(f"ends inside its header, after {self._file.size} bytes; download it again")
+
+    def _error(self, problem: str) -> ModelError:
+        return ModelError(f"{self._file.path}: {problem}")
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def _likeness(head: bytes) -> str:
+    """What a file that begins like this seems to be instead, and what to do about it."""
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with git lfs pull"
+    if head.lstrip()[:1] == b"<":
+        return "it looks like a web page; the download went wrong, repeat it"
+    if head.startswith((b"PK", b"\x80\x02")):
+        return "it looks like a PyTorch file; use the model's safetensors folder or a GGUF"
+    if head[8:9] == b"{":
+        return "it looks like safetensors; give the folder that it is in"
+    if head[:4] in (b"lmgg", b"fmgg", b"tjgg"):
+        return "it is a GGML file from before GGUF; convert the original again"
+    return f"it begins with {head[:8]!r}"

