@@ -22,9 +22,7 @@ def render(messages: Sequence[Message], add_generation_prompt: bool = True) -> s
     return "".join([BOS, *turns, START + REPLY if add_generation_prompt else ""])
 
 
-def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
-) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
     """The prompt as ids; `messages` and errors as for `render`.
 
     The ids are those of the rendered text, save that control tokens within a message are plain text. Raises

@@ -63,15 +63,11 @@ class Gemma3Config:
         outer = _Keys(config, source)
         model_type = outer.text("model_type")
         if model_type not in ("gemma3", "gemma3_text"):
-            raise outer.error(
-                "model_type", f"is {_shown(model_type)}; only gemma3 and gemma3_text can be run"
-            )
+            raise outer.error("model_type", f"is {_shown(model_type)}; only gemma3 and gemma3_text can be run")
         keys = outer.inner("text_config") if "text_config" in config else outer
         for level in (outer, keys):
             if level.get("quantization_config") is not None:
-                raise level.error(
-                    "quantization_config", "is set; use the model's bf16 original or a GGUF instead"
-                )
+                raise level.error("quantization_config", "is set; use the model's bf16 original or a GGUF instead")
         for key in ("attention_bias", "use_bidirectional_attention"):
             if keys.get(key):
                 raise keys.error(key, "is set, which Gemma 3 language models do not do")
@@ -119,9 +115,7 @@ class Gemma3Config:
         if not isinstance(tokens, list) or not tokens:
             raise keys.error("tokenizer.ggml.tokens", "has no tokens; the file is not a whole model")
         if metadata.get("gemma3.final_logit_softcapping"):
-            raise keys.error(
-                "gemma3.final_logit_softcapping", "is set, which Gemma 3 language models do not do"
-            )
+            raise keys.error("gemma3.final_logit_softcapping", "is set, which Gemma 3 language models do not do")
         layers = keys.count("gemma3.block_count", most=_MOST_LAYERS)
         hidden = keys.count("gemma3.embedding_length")
         heads = keys.count("gemma3.attention.head_count")
@@ -230,11 +224,7 @@ def _hf_layer_types(keys: _Keys, layers: int) -> tuple[str, ...]:
     types = keys.get("layer_types")
     if types is None:
         # Named with an underscore by some versions of transformers.
-        key = (
-            "_sliding_window_pattern"
-            if keys.get("sliding_window_pattern") is None
-            else "sliding_window_pattern"
-        )
+        key = "_sliding_window_pattern" if keys.get("sliding_window_pattern") is None else "sliding_window_pattern"
         return _pattern(keys.count(key, _PATTERN), layers)
     if not isinstance(types, Sequence) or any(kind not in (LOCAL, GLOBAL) for kind in types):
         raise keys.error("layer_types", f"may hold {LOCAL} and {GLOBAL} only")

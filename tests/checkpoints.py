@@ -47,11 +47,7 @@ def blocks(rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, cols
     if kind == GGMLQuantizationType.F32:
         return rng.standard_normal((rows, cols), np.float32).view(np.uint8)
     if kind == GGMLQuantizationType.BF16:
-        return (
-            (rng.standard_normal((rows, cols), np.float32).view(np.uint32) >> 16)
-            .astype(np.uint16)
-            .view(np.uint8)
-        )
+        return (rng.standard_normal((rows, cols), np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     data = rng.integers(0, 256, quant_shape_to_byte_shape((rows, cols), kind), np.uint8)
     records = data.reshape(-1, GGML_QUANT_SIZES[kind][1])
     for at in _HALVES[kind]:

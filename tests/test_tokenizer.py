@@ -12,7 +12,7 @@ import tokenizers
 from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
 from tests.data.record_tokens import fingerprint
-from tests.vocabulary import Vocabulary, golden, random_text, read_vocabulary, tokenizer_json
+from tests.vocabulary import Vocabulary, golden, random_text, read_vocabulary, rust_ids, rust_tokenizer
 
 GOLDEN = golden()
 BYTES = range(238, 494)
@@ -24,15 +24,15 @@ def vocabulary(demo_gguf: Path) -> Vocabulary:
 
 
 @pytest.fixture(scope="module")
-def json_path(vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def json_path(rust: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(json.dumps(tokenizer_json(vocabulary)), encoding="utf-8")
+    rust.save(str(path))
     return path
 
 
 @pytest.fixture(scope="module")
-def rust(json_path: Path) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_file(str(json_path))
+def rust(demo_gguf: Path) -> tokenizers.Tokenizer:
+    return rust_tokenizer(demo_gguf)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,6 @@ def hf(json_path: Path) -> HFTokenizer:
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     found: Tokenizer = request.getfixturevalue(request.param)
     return found
-
-
-def rust_ids(rust: tokenizers.Tokenizer, text: str, control: bool) -> list[int]:
-    rust.encode_special_tokens = not control
-    ids: list[int] = rust.encode(text, add_special_tokens=False).ids
-    return ids
 
 
 def test_the_vocabulary_makes_gemmas_own_tokenizer_json(json_path: Path) -> None:
@@ -97,11 +91,9 @@ def test_encodes_every_piece_as_tokenizers_does(
 
 
 @pytest.mark.parametrize("letters", ["a", "etaoinshrdlu", "的一是在不了有和人这", " ", "\u0378", "> </", "<"])
-def test_encodes_a_word_of_100_000_letters(
-    bpe: BPETokenizer, rust: tokenizers.Tokenizer, letters: str
-) -> None:
+def test_encodes_a_word_of_100_000_letters(bpe: BPETokenizer, rust: tokenizers.Tokenizer, letters: str) -> None:
     word = "".join(Random(2).choices(letters, k=100_000))
-    assert bpe.encode(word, bos=False) == rust_ids(rust, word, True)
+    assert bpe.encode(word, bos=False) == rust_ids(rust, word)
 
 
 def test_words_remembered_past_the_limit_stay_right(
@@ -109,7 +101,7 @@ def test_words_remembered_past_the_limit_stay_right(
 ) -> None:
     monkeypatch.setattr("gemma_wgpu.bpe._CACHED_WORDS", 3)
     text = "one two three four five six one two three " * 3
-    assert bpe.encode(text, bos=False) == rust_ids(rust, text, True)
+    assert bpe.encode(text, bos=False) == rust_ids(rust, text)
 
 
 def test_decodes_and_streams_random_ids_as_tokenizers_does(
@@ -182,11 +174,7 @@ def test_refuses_an_id_outside_the_vocabulary(tokenizer: Tokenizer, token: objec
 def test_takes_ids_from_arrays(tokenizer: Tokenizer) -> None:
     ids = np.array(tokenizer.encode("Hello, world! \U0001fae9"), np.uint32)
     stream = tokenizer.stream()
-    assert (
-        tokenizer.decode(ids)
-        == "".join(map(stream.push, ids)) + stream.flush()
-        == "<bos>Hello, world! \U0001fae9"
-    )
+    assert tokenizer.decode(ids) == "".join(map(stream.push, ids)) + stream.flush() == "<bos>Hello, world! \U0001fae9"
 
 
 @pytest.mark.parametrize("text", [None, 1, b"Hi", ["Hi"]])
@@ -233,10 +221,6 @@ def test_ignores_truncation_and_padding_set_in_tokenizer_json(
     assert HFTokenizer(path).encode("a") == bpe.encode("a")
 
 
-def damaged(vocabulary: Vocabulary, **changes: object) -> Vocabulary:
-    return vocabulary._replace(**changes)
-
-
 def test_names_a_vocabulary_that_is_not_gemmas(vocabulary: Vocabulary) -> None:
     pieces = list(vocabulary.pieces)
     cases = {
@@ -268,8 +252,8 @@ def test_control_tokens_are_known_by_name_whatever_the_file_types_them(
 
 def test_time_of_10_000_tokens(vocabulary: Vocabulary, capsys: pytest.CaptureFixture[str]) -> None:
     rng = Random(5)
-    words = [piece for piece in vocabulary.pieces[494:] if piece.startswith("▁") and piece.isascii() is False]
-    words = [piece[1:] for piece in words if piece[1:].isascii() and piece[1:].isalpha()]
+    words = [piece[1:] for piece in vocabulary.pieces if piece[0] == "▁" and piece[1:].isascii()]
+    words = [word for word in words if word.isalpha()]
     ranks = np.arange(1, len(words) + 1)
     text = " ".join(rng.choices(words, weights=(1 / ranks).tolist(), k=10_000))
     started = perf_counter()

@@ -1,13 +1,16 @@
 """Gemma 3's tokenizer.json made again from the vocabulary in a GGUF file, and text to try tokenizers on."""
 
 import json
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGUFReader
+import tokenizers
 from numpy.typing import NDArray
+
+from gemma_wgpu.weights.gguf import GGUFCheckpoint
 
 SPECIAL = {
     "<pad>",
@@ -30,18 +33,29 @@ class Vocabulary(NamedTuple):
     types: NDArray[np.int32]
 
 
+@cache
 def read_vocabulary(path: Path) -> Vocabulary:
-    fields = GGUFReader(path).fields
-    return Vocabulary(
-        fields["tokenizer.ggml.tokens"].contents(),
-        np.array(fields["tokenizer.ggml.scores"].contents(), np.float32),
-        np.array(fields["tokenizer.ggml.token_type"].contents(), np.int32),
-    )
+    metadata = GGUFCheckpoint(path).metadata
+    return Vocabulary(*(metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type")))
+
+
+@cache
+def rust_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """`tokenizers` itself on the vocabulary of the GGUF file at `path`."""
+    return tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(read_vocabulary(path))))
+
+
+def rust_ids(rust: tokenizers.Tokenizer, text: str, control: bool = True) -> list[int]:
+    rust.encode_special_tokens = not control
+    ids: list[int] = rust.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The tokenizer.json that Hugging Face's conversion makes: merges are every split of a piece into two pieces,
-    sorted by score, left length and right length, highest first.
+    """The tokenizer.json that Hugging Face's conversion makes.
+
+    Its merges are every split of a piece into two pieces, sorted by score, left length and right length, the
+    highest first.
     """
     pieces = [
         piece.replace(" ", "▁") if kind == USER_DEFINED else piece

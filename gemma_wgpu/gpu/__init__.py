@@ -1,0 +1,1 @@
+"""The GPU seam: one interface, one backend a platform."""

@@ -140,13 +140,9 @@ class GGUFCheckpoint(StoredCheckpoint):
             self.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")
         )
         if self.metadata.get("tokenizer.ggml.model") != "llama" or not isinstance(pieces, list):
-            raise ModelError(
-                f"{self.path}: tokenizer.ggml.model is not llama; Gemma 3's vocabulary is of that kind"
-            )
+            raise ModelError(f"{self.path}: tokenizer.ggml.model is not llama; Gemma 3's vocabulary is of that kind")
         if not isinstance(scores, np.ndarray) or not isinstance(types, np.ndarray):
-            raise ModelError(
-                f"{self.path}: tokenizer.ggml.scores or token_type is missing; convert the model again"
-            )
+            raise ModelError(f"{self.path}: tokenizer.ggml.scores or token_type is missing; convert the model again")
         return BPETokenizer(pieces, scores, types, source=str(self.path))
 
 
@@ -164,9 +160,7 @@ class _Header:
         if version != _VERSION:
             swapped = 0 < int.from_bytes(head[4:8], "big") <= _VERSION
             what = "big-endian" if swapped else f"version {version}"
-            raise self._error(
-                f"GGUF is {what}; only little-endian version {_VERSION} can be read, convert it again"
-            )
+            raise self._error(f"GGUF is {what}; only little-endian version {_VERSION} can be read, convert it again")
         self._tensors = self._count("Q", "tensors", _MOST_ENTRIES)
         entries = self._count("Q", "metadata entries", _MOST_ENTRIES)
         self.metadata: dict[str, object] = {}

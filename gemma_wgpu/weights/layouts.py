@@ -71,9 +71,7 @@ class Layout(IntEnum):
 
     def _groups(self, cols: int) -> int:
         if cols % self.group:
-            raise ModelError(
-                f"rows of {cols} weights do not divide into the {self.group} that {self.name} needs"
-            )
+            raise ModelError(f"rows of {cols} weights do not divide into the {self.group} that {self.name} needs")
         return cols // self.group
 
 

@@ -61,9 +61,7 @@ def _shards(path: Path) -> list[Path]:
         return [path / _SINGLE]
     index = path / _INDEX
     if not index.is_file():
-        raise ModelError(
-            f"{path}: neither {_SINGLE} nor {_INDEX} in this folder; download the model's weights"
-        )
+        raise ModelError(f"{path}: neither {_SINGLE} nor {_INDEX} in this folder; download the model's weights")
     entries = _json(index).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise ModelError(f"{index}: no weight_map; download it again")

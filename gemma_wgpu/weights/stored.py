@@ -69,9 +69,7 @@ class StoredTensor(Tensor):
             raise self.error(f"has the impossible shape {_dims(self.shape)}")
         group = self.encoding.group
         if self.shape[-1] % group:
-            raise self.error(
-                f"has rows of {self.shape[-1]}, not a multiple of {group} as {self.encoding.name} needs"
-            )
+            raise self.error(f"has rows of {self.shape[-1]}, not a multiple of {group} as {self.encoding.name} needs")
         missing = self.offset + self.nbytes - self.file.size
         if missing > 0:
             raise self.error(

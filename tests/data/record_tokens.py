@@ -2,7 +2,7 @@
 
 python tests/data/record_tokens.py FOLDER
 
-FOLDER holds Gemma 3's own tokenizer.json and tokenizer_config.json (any size of the instruction-tuned models).
+FOLDER holds the tokenizer.json and tokenizer_config.json of an instruction-tuned Gemma 3 of any size.
 Needs `tokenizers` and `jinja2`. Writes tokens.json next to this file.
 """
 
@@ -213,16 +213,16 @@ def canonical(value: object) -> str:
 
 
 def fingerprint(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
-    """What a tokenizer.json says of its first `size` ids: the small parts as they are, the large ones hashed."""
+    """What a tokenizer.json says of its first `size` ids: small parts as they are, large ones hashed."""
     model = dict(tokenizer["model"])
     pieces = {token: piece for piece, token in model.pop("vocab").items()}
     merges = model.pop("merges")
-    added = sorted((entry for entry in tokenizer["added_tokens"] if entry["id"] < size), key=lambda e: e["id"])
+    added = [entry for entry in tokenizer["added_tokens"] if entry["id"] < size]
     return {
         "pieces": canonical([pieces.get(token) for token in range(size)]),
         "merges": canonical(merges),
         "merge_count": len(merges),
-        "added": canonical([sorted(entry.items()) for entry in added]),
+        "added": canonical(sorted(sorted(entry.items()) for entry in added)),
         "added_count": len(added),
         "model": model,
         **{key: tokenizer[key] for key in ("normalizer", "pre_tokenizer", "decoder")},
@@ -248,14 +248,10 @@ def main(folder: Path) -> None:
     for messages in CHATS:
         for prompt in (True, False):
             text = template.render(messages=messages, bos_token="<bos>", add_generation_prompt=prompt)
-            chats.append(
-                {"messages": messages, "prompt": prompt, "text": text, "ids": encode(text, control=True)}
-            )
+            chats.append({"messages": messages, "prompt": prompt, "text": text, "ids": encode(text, control=True)})
     golden = {
         "tokenizer": [fingerprint(json.loads(path.read_text(encoding="utf-8")), 262144)],
-        "texts": [
-            {"text": text, "ids": encode(text, True), "plain_ids": encode(text, False)} for text in TEXTS
-        ],
+        "texts": [{"text": text, "ids": encode(text, True), "plain_ids": encode(text, False)} for text in TEXTS],
         "decoded": [
             {
                 "ids": ids,
