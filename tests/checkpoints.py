@@ -36,6 +36,7 @@ HF_CONFIG: dict[str, object] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 32,
+    "query_pre_attn_scalar": 32,
     "sliding_window": 8,
     "max_position_embeddings": 128,
 }

@@ -182,18 +182,18 @@ def test_closed(tmp_path: Path) -> None:
         packed = tensor.pack()
         before = packed.dequantize()
     assert same_bits(packed.dequantize(), before)
-    with pytest.raises(ModelError, match="tiny.gguf: the checkpoint is closed"):
+    with pytest.raises(ModelError, match=r"tiny\.gguf: the checkpoint is closed"):
         tensor.pack()
-    with pytest.raises(ModelError, match="tiny.gguf: the checkpoint is closed"):
+    with pytest.raises(ModelError, match=r"tiny\.gguf: the checkpoint is closed"):
         checkpoint.norm("model.norm.weight")
     checkpoint.close()
 
 
 def test_names_that_gemma_does_not_have(tmp_path: Path) -> None:
     with open_checkpoint(write_gguf(tmp_path / "tiny.gguf", gguf_metadata(), mixed())) as checkpoint:
-        with pytest.raises(ModelError, match="no matrix model.norm.weight"):
+        with pytest.raises(ModelError, match=r"no matrix model\.norm\.weight"):
             checkpoint.tensor("model.norm.weight")
-        with pytest.raises(ModelError, match="no norm lm_head.weight"):
+        with pytest.raises(ModelError, match=r"no norm lm_head\.weight"):
             checkpoint.norm("lm_head.weight")
 
 
@@ -316,11 +316,18 @@ def test_header_cut_short(tiny: Callable[..., Path]) -> None:
 def test_data_cut_short(tiny: Callable[..., Path]) -> None:
     path = tiny()
     whole = path.read_bytes()
-    path.write_bytes(whole[: -32 - 100])  # the last tensor, a norm of 32 floats, ends in no padding
-    last = list(GGUFReader(path).tensors)[-1] if False else None
-    assert last is None
-    message = refused(path)
-    assert "bytes: the file is cut short, download it again" in message
+    last = GGUFReader(path).tensors[-1]
+    start = last.data_offset
+    for present in (0, 1, last.n_bytes - 1):
+        path.write_bytes(whole[: start + present])
+        assert refused(path) == (
+            f"tensor {last.name!r} lacks {last.n_bytes - present} of its {last.n_bytes} bytes: "
+            "the file is cut short, download it again"
+        )
+    path.write_bytes(whole[: start + last.n_bytes])  # padding after the last is not missed
+    open_checkpoint(path).close()
+    path.write_bytes(whole[: GGUFReader(path).tensors[0].data_offset])
+    assert refused(path).startswith("tensor 'token_embd.weight' lacks 12288 of its 12288 bytes")
 
 
 def test_wrong_architecture(tiny: Callable[..., Path]) -> None:
@@ -519,7 +526,7 @@ def test_impossible_alignment(alignment: int, tiny: Callable[..., Path]) -> None
         ({"tokenizer.ggml.scores": None}, "tokenizer.ggml.scores or token_type is missing"),
         ({"tokenizer.ggml.token_type": "abc"}, "tokenizer.ggml.scores or token_type is missing"),
         ({"tokenizer.ggml.scores": [0.5]}, "96 tokens, 1 scores"),
-        ({}, "lacks <bos>"),
+        ({}, "<bos> or some of the 256 byte tokens are missing"),
     ],
 )
 def test_tokenizer_that_is_not_gemmas(change: dict[str, object], message: str, tiny: Callable[..., Path]) -> None:

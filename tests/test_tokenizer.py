@@ -1,6 +1,7 @@
 """Both tokenizers against `tokenizers` itself, and that against what Gemma 3's own tokenizer.json gave."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -217,8 +218,9 @@ def test_ignores_truncation_and_padding_set_in_tokenizer_json(
     cut.enable_padding(length=8)
     cut.save(str(path))
     text = "one two three four five six seven eight nine ten"
-    assert HFTokenizer(path).encode(text) == bpe.encode(text)
-    assert HFTokenizer(path).encode("a") == bpe.encode("a")
+    hf = HFTokenizer(path)
+    assert hf.encode(text) == bpe.encode(text)
+    assert hf.encode("a") == bpe.encode("a")
 
 
 def test_names_a_vocabulary_that_is_not_gemmas(vocabulary: Vocabulary) -> None:
@@ -248,6 +250,16 @@ def test_control_tokens_are_known_by_name_whatever_the_file_types_them(
     text = "<start_of_turn>user\nHi<end_of_turn>\n"
     assert tokenizer.encode(text) == bpe.encode(text)
     assert tokenizer.encode(text, control=False) == bpe.encode(text, control=False)
+
+
+def test_threads_do_not_change_each_others_control_mode(hf: HFTokenizer) -> None:
+    def encode(control: bool) -> list[int]:
+        return hf.encode("<eos>" * 200, bos=False, control=control)
+
+    modes = [True, False] * 500
+    expected = {control: encode(control) for control in (True, False)}
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(encode, modes)) == [expected[control] for control in modes]
 
 
 def test_time_of_10_000_tokens(vocabulary: Vocabulary, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,8 +33,7 @@ class Encoding:
 
 
 def _floats(data: NDArray[np.uint8]) -> tuple[Words, Words]:
-    # A copy only where the file has the tensor at an address that is no multiple of four.
-    return np.require(data.view(np.uint32), requirements="A"), np.empty(0, np.uint32)
+    return _words(data), np.empty(0, np.uint32)
 
 
 _Q4_0 = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
@@ -45,6 +44,7 @@ def _q4_0(data: NDArray[np.uint8]) -> tuple[Words, Words]:
     return _words(blocks["qs"]), pack_halves(blocks["d"])
 
 
+# "dm" is two float16: d and m here, d and dmin in Q4_K. It is a word of scales as it stands.
 _Q4_1 = np.dtype([("dm", "<u4"), ("qs", "u1", 16)])
 
 
@@ -72,7 +72,7 @@ def _q8_0(data: NDArray[np.uint8]) -> tuple[Words, Words]:
     return _words(blocks["qs"]), pack_halves(blocks["d"])
 
 
-_Q4_K = np.dtype([("d", "<u4"), ("scales", "u1", (3, 4)), ("qs", "u1", (4, BLOCK))])
+_Q4_K = np.dtype([("dm", "<u4"), ("scales", "u1", (3, 4)), ("qs", "u1", (4, BLOCK))])
 
 
 def _q4_k(data: NDArray[np.uint8]) -> tuple[Words, Words]:
@@ -86,7 +86,7 @@ def _q4_k(data: NDArray[np.uint8]) -> tuple[Words, Words]:
     pairs[:, 4:, 0] |= last & 15
     pairs[:, 4:, 1] |= last >> 4
     scales = np.empty((len(groups), 5), np.uint32)
-    scales[:, 0] = groups["d"]
+    scales[:, 0] = groups["dm"]
     scales[:, 1:] = pairs.reshape(-1, 16).view(np.uint32)
     # Each run of 32 bytes has one block in its low nibbles and the next in its high ones.
     numbers = np.stack((groups["qs"] & 15, groups["qs"] >> 4), axis=2)
@@ -110,7 +110,8 @@ def _q6_k(data: NDArray[np.uint8]) -> tuple[Words, Words]:
 
 
 def _words(array: NDArray[np.generic]) -> Words:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+    # Copies what is scattered, or lies in the file at an address that is no multiple of four.
+    return np.require(np.ascontiguousarray(array).reshape(-1).view(np.uint32), requirements="A")
 
 
 F32 = Encoding("F32", Layout.F32, 1, 4, _floats)
