@@ -84,7 +84,7 @@ class PairMerger:
         middle = ends[start]
         end = ends[middle]
         merged = self._ids.get(word[start:end])
-        if merged is None or ids[start] is None or ids[middle] is None:
+        if merged is None:
             return None
         return self._costs[merged], start - middle, middle - end, merged, start
 

@@ -222,6 +222,8 @@ class BPETokenizer(Tokenizer):
         ids: list[int] = []
         start = 0
         for at, end, token in self._added.find(text):
+            if token in self.control_ids and not control:
+                continue
             ids += self._merger.encode(text[start:at])
             ids.append(token)
             start = end

@@ -1,6 +1,7 @@
 """Reading a Hugging Face model folder: config.json, safetensors in one file or in shards, tokenizer.json."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER = "tokenizer.json"
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors")  # a file of the folder itself, wherever an index may point
 
 _ENCODINGS = {"F32": encodings.F32, "F16": encodings.F16, "BF16": encodings.BF16}
 
@@ -65,13 +67,14 @@ def _shards(path: Path) -> list[Path]:
     entries = _json(index).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise ModelError(f"{index}: no weight_map; download it again")
-    names = dict.fromkeys(entries.values())
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index}: {name!r} in weight_map is not the name of a file in this folder")
-        if not (path / name).is_file():
-            raise ModelError(f"{path / name}: no such file, but {_INDEX} lists it; download this shard")
-    return [path / name for name in names]
+    for name in entries.values():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ModelError(f"{index}: {name!r} in weight_map is not the name of a safetensors file")
+    shards = [path / name for name in sorted(set(entries.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise ModelError(f"{shard}: no such file, but {_INDEX} lists it; download this shard")
+    return shards
 
 
 def _tensors(file: MappedFile) -> list[StoredTensor]:
