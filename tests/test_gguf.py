@@ -443,24 +443,35 @@ def test_implausible_lists(key: str, count: int, tiny: Callable[..., Path]) -> N
     assert refused(path).startswith(f"claims {count} items of metadata key '{key}'")
 
 
-@pytest.mark.parametrize("key", ["tokenizer.ggml.tokens", "tokenizer.ggml.scores"])
-def test_lists_longer_than_the_file(key: str, tiny: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("tokenizer.ggml.tokens", "claims "),  # what follows the last token is read as a length
+        ("tokenizer.ggml.scores", "ends inside its header"),
+    ],
+)
+def test_lists_longer_than_the_file(key: str, message: str, tiny: Callable[..., Path]) -> None:
     path = tiny()
     patch(path, entry(path, key) + 8, struct.pack("<Q", 2**22))
-    assert refused(path).startswith("ends inside its header")
+    assert refused(path).startswith(message)
 
 
-@pytest.mark.parametrize("length", [10**6, 2**32, 2**64 - 1])
+@pytest.mark.parametrize("length", [2**20 + 1, 2**32, 2**64 - 1])
 def test_implausible_lengths(length: int, tiny: Callable[..., Path]) -> None:
     path = tiny()
     patch(path, 24, struct.pack("<Q", length))  # of the first key
-    assert refused(path).startswith(f"claims {length} characters of a name")
-    path = tiny()
-    patch(path, entry(path, "general.name") + 4, struct.pack("<Q", length))
-    assert refused(path).startswith("ends inside its header")
-    path = tiny()
-    patch(path, entry(path, "tokenizer.ggml.tokens") + 16, struct.pack("<Q", length))  # of the first token
-    assert refused(path).startswith("ends inside its header")
+    assert refused(path).startswith(f"claims {length} bytes of a name")
+    for key, at in ("general.name", 4), ("tokenizer.ggml.tokens", 16):
+        path = tiny()
+        patch(path, entry(path, key) + at, struct.pack("<Q", length))
+        assert refused(path).startswith(f"claims {length} bytes of text, at most 1048576 is plausible")
+
+
+def test_texts_longer_than_the_file(tiny: Callable[..., Path]) -> None:
+    for key, at in ("general.name", 4), ("tokenizer.ggml.tokens", 16):
+        path = tiny()
+        patch(path, entry(path, key) + at, struct.pack("<Q", 2**20))
+        assert refused(path).startswith("ends inside its header")
 
 
 def test_implausible_dimensions(tiny: Callable[..., Path]) -> None:

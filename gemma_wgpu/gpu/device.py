@@ -8,7 +8,7 @@ synchronous face, for platforms that can block.
 from __future__ import annotations
 
 import abc
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -146,11 +146,11 @@ class Device(abc.ABC):
         """Run the programs one after the other; each dispatch sees what the ones before it wrote."""
 
     @abc.abstractmethod
-    async def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> NDArray[np.uint8]:
+    def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> Awaitable[NDArray[np.uint8]]:
         """Bytes `offset` to `offset + size` of `buffer`, as they are after everything submitted before this call.
 
-        The copy is put on the queue by the call itself, not when it is first awaited. `offset` and `size` are
-        multiples of 4.
+        The call itself puts the copy on the queue, not the await. `offset` and `size` are multiples of 4.
+        Raises DeviceError where the device was lost.
         """
 
     @abc.abstractmethod

@@ -26,6 +26,7 @@ _MOST_ENTRIES = 1 << 16
 _MOST_ITEMS = 1 << 22
 _MOST_DIMENSIONS = 4
 _LONGEST_NAME = 1 << 10
+_LONGEST_TEXT = 1 << 20
 
 # Metadata value types.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -218,11 +219,10 @@ class _Header:
         return np.frombuffer(self._take(count * item.itemsize), item)
 
     def _name(self) -> str:
-        length = self._count("Q", "characters of a name", _LONGEST_NAME)
-        return self._decoded(self._take(length))
+        return self._decoded(self._take(self._count("Q", "bytes of a name", _LONGEST_NAME)))
 
     def _text(self) -> str:
-        return self._decoded(self._take(self._scalar("Q")))
+        return self._decoded(self._take(self._count("Q", "bytes of text", _LONGEST_TEXT)))
 
     def _texts(self, count: int) -> list[str]:
         # As _text, but quick: a vocabulary has 262144 of them.
@@ -233,7 +233,10 @@ class _Header:
             start = at + 8
             if start > size:
                 raise self._cut_short()
-            at = start + length_at(buffer, at)[0]
+            length = length_at(buffer, at)[0]
+            at = start + length
+            if length > _LONGEST_TEXT:
+                raise self._implausible(length, "bytes of text", _LONGEST_TEXT)
             if at > size:
                 raise self._cut_short()
             texts.append(buffer[start:at])
@@ -249,7 +252,7 @@ class _Header:
     def _count(self, code: str, what: str, most: int) -> int:
         count: int = self._scalar(code)
         if count > most:
-            raise self._error(f"claims {count} {what}, at most {most} is plausible; the file is damaged")
+            raise self._implausible(count, what, most)
         return count
 
     def _scalar(self, code: str) -> Any:
@@ -263,6 +266,9 @@ class _Header:
         taken = self._file.map[self._at : end]
         self._at = end
         return taken
+
+    def _implausible(self, count: int, what: str, most: int) -> ModelError:
+        return self._error(f"claims {count} {what}, at most {most} is plausible; the file is damaged")
 
     def _cut_short(self) -> ModelError:
         return self._error(f"ends inside its header, after {self._file.size} bytes; download it again")

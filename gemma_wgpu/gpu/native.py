@@ -1,0 +1,261 @@
+"""The device interface on wgpu-py, that is on Vulkan, Metal or D3D12."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import wgpu
+from numpy.typing import NDArray
+from wgpu.backends.wgpu_native import ffi, lib
+
+from gemma_wgpu.errors import DeviceError
+from gemma_wgpu.gpu.device import (
+    AdapterInfo,
+    Buffer,
+    Constants,
+    Device,
+    Dispatch,
+    Limits,
+    Pipeline,
+    Program,
+)
+
+T = TypeVar("T")
+
+_STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
+_READBACK = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
+# WebGPU's name of a feature: wgpu-native's name of it.
+_FEATURES = {"shader-f16": "shader-f16", "subgroups": "subgroup", "timestamp-query": "timestamp-query"}
+_NO_ADAPTER = (
+    "no GPU adapter found. Install a Vulkan driver (Debian, Ubuntu: apt-get install mesa-vulkan-drivers), "
+    "or update the graphics driver of this machine."
+)
+
+
+@contextmanager
+def _as_device_error(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (wgpu.GPUError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DeviceError(f"{doing}: {' '.join(line.strip() for line in lines)}") from error
+
+
+class _NativeBuffer(Buffer):
+    def __init__(self, device: NativeDevice, handle: Any, size: int, label: str) -> None:
+        self.handle, self.size, self.label = handle, size, label
+        self._device = device
+
+    def destroy(self) -> None:
+        if self.handle is not None:
+            self.handle.destroy()
+            self.handle = None
+            self._device.allocated -= self.size
+
+
+class _NativePipeline(Pipeline):
+    def __init__(self, handle: Any, label: str) -> None:
+        self.handle, self.label = handle, label
+
+
+class _NativeProgram(Program):
+    """Keeps the Python objects alive, and the raw handles that the replay loop passes to wgpu-native."""
+
+    def __init__(self, dispatches: Sequence[Dispatch], groups: list[Any]) -> None:
+        self.dispatches = tuple(dispatches)
+        self._groups = groups
+        self.calls = [
+            (d.pipeline.handle._internal, group._internal, *d.workgroups)  # type: ignore[attr-defined]
+            for d, group in zip(dispatches, groups, strict=True)
+        ]
+
+
+class _Mapped:
+    """A readback under way: awaits the mapping of its staging buffer, or blocks where the device was told to."""
+
+    def __init__(self, device: NativeDevice, staging: Any, size: int) -> None:
+        self._device, self._staging, self._size = device, staging, size
+        self._promise = staging.map_async(wgpu.MapMode.READ, 0, size)
+
+    def __await__(self) -> Generator[Any, None, NDArray[np.uint8]]:
+        with _as_device_error("reading from the GPU"):
+            if self._device.blocking:
+                self._promise.sync_wait()
+            else:
+                yield from self._promise.__await__()
+            data = np.frombuffer(self._staging.read_mapped(0, self._size), np.uint8)
+            self._staging.unmap()
+        self._device.recycle(self._staging)
+        return data
+
+
+class NativeDevice(Device):
+    """A GPU through wgpu-py."""
+
+    def __init__(self, adapter: Any) -> None:
+        super().__init__()
+        self.blocking = False
+        self.info = _adapter_info(adapter)
+        self.limits = _limits(adapter)
+        self.features = frozenset(name for name, native in _FEATURES.items() if native in adapter.features)
+        with _as_device_error(f"cannot open {self.info}"):
+            self._device: Any = adapter.request_device_sync(
+                label="gemma_wgpu",
+                required_features=[_FEATURES[name] for name in self.features],
+                required_limits={
+                    name: value for name, value in adapter.limits.items() if name in _REQUESTED and value
+                },
+            )
+        self._staging: list[Any] = []
+
+    def _create_buffer(self, size: int, label: str) -> Buffer:
+        with _as_device_error(f"no GPU memory for buffer '{label}' of {size:,} bytes"):
+            handle = self._device.create_buffer(size=size, usage=_STORAGE, label=label)
+        self.allocated += size
+        return _NativeBuffer(self, handle, size, label)
+
+    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Pipeline:
+        with _as_device_error(f"shader '{label}' does not compile on {self.info}"):
+            module = self._device.create_shader_module(label=label, code=source)
+            handle = self._device.create_compute_pipeline(
+                label=label,
+                layout="auto",
+                compute={"module": module, "entry_point": "main", "constants": dict(constants)},
+            )
+        return _NativePipeline(handle, label)
+
+    def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
+        with _as_device_error(f"writing buffer '{buffer.label}'"):
+            self._device.queue.write_buffer(_handle(buffer), offset, np.ascontiguousarray(data))
+
+    def record(self, dispatches: Sequence[Dispatch]) -> Program:
+        groups = []
+        for dispatch in dispatches:
+            with _as_device_error(f"binding the buffers of '{dispatch.pipeline.label}'"):
+                entries = [
+                    {"binding": i, "resource": {"buffer": _handle(b), "offset": 0, "size": b.size}}
+                    for i, b in enumerate(dispatch.bindings)
+                ]
+                layout = dispatch.pipeline.handle.get_bind_group_layout(0)  # type: ignore[attr-defined]
+                groups.append(self._device.create_bind_group(layout=layout, entries=entries))
+        return _NativeProgram(dispatches, groups)
+
+    def submit(self, programs: Sequence[Program]) -> None:
+        # Raw wgpu-native calls: wgpu-py's own, with their checks, cost 6 to 15 microseconds a dispatch. An error in
+        # one of them comes out of finish() or submit(), which are checked.
+        set_pipeline = lib.wgpuComputePassEncoderSetPipeline
+        set_bind_group = lib.wgpuComputePassEncoderSetBindGroup
+        dispatch = lib.wgpuComputePassEncoderDispatchWorkgroups
+        with _as_device_error("running on the GPU"):
+            encoder = self._device.create_command_encoder()
+            compute = encoder.begin_compute_pass()
+            raw, null = compute._internal, ffi.NULL
+            for program in programs:
+                for pipeline, group, x, y, z in program.calls:  # type: ignore[attr-defined]
+                    set_pipeline(raw, pipeline)
+                    set_bind_group(raw, 0, group, 0, null)
+                    dispatch(raw, x, y, z)
+            compute.end()
+            self._device.queue.submit([encoder.finish()])
+
+    def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> _Mapped:
+        size = buffer.size - offset if size is None else size
+        with _as_device_error(f"reading buffer '{buffer.label}'"):
+            staging = self._stage(size)
+            encoder = self._device.create_command_encoder()
+            encoder.copy_buffer_to_buffer(_handle(buffer), offset, staging, 0, size)
+            self._device.queue.submit([encoder.finish()])
+            return _Mapped(self, staging, size)
+
+    def _stage(self, size: int) -> Any:
+        for i, staging in enumerate(self._staging):
+            if staging.size >= size:
+                return self._staging.pop(i)
+        return self._device.create_buffer(size=size, usage=_READBACK, label="readback")
+
+    def recycle(self, staging: Any) -> None:
+        """Keep a small staging buffer for the next read: decoding reads a few bytes every step."""
+        if staging.size <= 4096:
+            self._staging.append(staging)
+        else:
+            staging.destroy()
+
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        self.blocking = True
+        try:
+            coroutine.send(None)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        finally:
+            self.blocking = False
+        coroutine.close()
+        raise DeviceError("this coroutine awaits something other than the GPU; run it in an event loop")
+
+    def close(self) -> None:
+        self._pipelines.clear()
+        self._staging.clear()
+        self._device.destroy()
+        self.allocated = 0
+
+
+_REQUESTED = {
+    "max-buffer-size",
+    "max-storage-buffer-binding-size",
+    "max-storage-buffers-per-shader-stage",
+    "max-compute-workgroup-storage-size",
+    "max-compute-invocations-per-workgroup",
+    "max-compute-workgroup-size-x",
+    "max-compute-workgroup-size-y",
+    "max-compute-workgroup-size-z",
+    "max-compute-workgroups-per-dimension",
+}
+
+
+def _handle(buffer: Buffer) -> Any:
+    handle = buffer.handle  # type: ignore[attr-defined]
+    if handle is None:
+        raise DeviceError(f"buffer '{buffer.label}' was freed")
+    return handle
+
+
+def _adapter_info(adapter: Any) -> AdapterInfo:
+    info = adapter.info
+    return AdapterInfo(
+        vendor=info["vendor"],
+        architecture=info["architecture"],
+        device=info["device"],
+        driver=info["description"],
+        backend=info["backend_type"],
+        type=info["adapter_type"],
+    )
+
+
+def _limits(adapter: Any) -> Limits:
+    limits = adapter.limits
+    return Limits(**{name: limits[name.replace("_", "-")] for name in Limits.__dataclass_fields__})
+
+
+def native_adapters() -> list[AdapterInfo]:
+    """The adapters of this machine, the one that `open_native` takes first."""
+    chosen = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
+    infos = [_adapter_info(adapter) for adapter in wgpu.gpu.enumerate_adapters_sync()]
+    first = _adapter_info(chosen)
+    return [first, *(info for info in infos if info != first)]
+
+
+def open_native() -> NativeDevice:
+    """The most powerful adapter of this machine, opened with all that it offers.
+
+    Raises DeviceError where there is none.
+    """
+    try:
+        adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
+    except RuntimeError as error:
+        raise DeviceError(_NO_ADAPTER) from error
+    if adapter is None:
+        raise DeviceError(_NO_ADAPTER)
+    return NativeDevice(adapter)
