@@ -63,7 +63,6 @@ class PairMerger:
             ids[start] = merged
             ends[start], ends[middle] = end, 0
             if end < length:
-                before[end] = start
                 if merge := self._candidate(word, ids, ends, start):
                     heappush(heap, merge)
             if start and (merge := self._candidate(word, ids, ends, before[start])):
@@ -84,7 +83,7 @@ class PairMerger:
         middle = ends[start]
         end = ends[middle]
         merged = self._ids.get(word[start:end])
-        if merged is None:
+        if merged is None or ids[start] is None or ids[middle] is None:
             return None
         return self._costs[merged], start - middle, middle - end, merged, start
 

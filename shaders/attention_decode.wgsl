@@ -1,0 +1,132 @@
+// Attention of one token, with all that surrounds it at decode: QK-norm, RoPE, the cache write, softmax(q K^T) V.
+//     q = SCALE rotate(q_weight * q / rms(q), p)      k = rotate(k_weight * k / rms(k), p)
+//     out[h] = sum_j softmax_j(q[h] . k_j) v_j        over the last min(p + 1, CAPACITY) positions j
+// The cache is a ring: position j lies at slot j % CAPACITY. A local layer's CAPACITY is the window, so that the ring is
+// the window; a global layer's is the context.
+//
+// qkv f32 [HEADS + 2 KV_HEADS, HEAD_DIM]      norms f32 [2, HEAD_DIM]      rope: rope.wgsl
+// key_cache, value_cache half [CAPACITY, KV_HEADS, HEAD_DIM]
+// out f32 [SPLITS, HEADS, HEAD_DIM], stats f32 [SPLITS, HEADS] of (max, sum): with SPLITS > 1, the softmax of a share of the
+// positions, unnormalised, for attention_combine.wgsl; else the result, and stats is left alone
+//
+// Grid: x = split, y = key/value head. A workgroup of HEAD_DIM / 4 threads takes the (at most 4) query heads of a key/value
+// head together, so that the cache is read once. In tiles of as many positions as threads: a thread scores one position for
+// all heads, then gathers four elements of the output over all positions of the tile. Online softmax in f32.
+override HEADS: u32;
+override KV_HEADS: u32;
+override HEAD_DIM: u32;
+override EPS: f32;
+override SCALE: f32;
+override CAPACITY: u32;
+override SPLITS: u32;
+override WORKGROUP_SIZE: u32;
+override GROUP = HEADS / KV_HEADS;
+override QUERY_VECTORS = 4u * WORKGROUP_SIZE;
+#include "state.wgsl"
+#include "reduce.wgsl"
+
+@group(0) @binding(0) var<storage, read> state: State;
+@group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> norms: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;
+@group(0) @binding(4) var<storage, read_write> key_cache: array<vec4<half>>;
+@group(0) @binding(5) var<storage, read_write> value_cache: array<vec4<half>>;
+@group(0) @binding(6) var<storage, read_write> out: array<vec4<f32>>;
+@group(0) @binding(7) var<storage, read_write> stats: array<vec2<f32>>;
+#include "rope.wgsl"
+
+const LOWEST = -1e30;
+
+var<workgroup> queries: array<vec4<f32>, QUERY_VECTORS>;
+var<workgroup> weights: array<vec4<f32>, WORKGROUP_SIZE>;  // of a tile's positions, a component a head
+var<workgroup> scratch: array<vec4<f32>, WORKGROUP_SIZE>;
+
+fn maximum(thread: u32, value: vec4<f32>) -> vec4<f32> {
+    scratch[thread] = value;
+    workgroupBarrier();
+    for (var half_size = WORKGROUP_SIZE / 2u; half_size > 0u; half_size /= 2u) {
+        if thread < half_size {
+            scratch[thread] = max(scratch[thread], scratch[thread + half_size]);
+        }
+        workgroupBarrier();
+    }
+    let result = scratch[0];
+    workgroupBarrier();
+    return result;
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let split = group.x;
+    let kv_head = group.y;
+    let position = state.position;
+    let length = min(position + 1u, CAPACITY);
+    let oldest = position + 1u - length;
+    let share = (length + SPLITS - 1u) / SPLITS;
+    let first = min(split * share, length);
+    let last = min(first + share, length);
+
+    for (var head = 0u; head < 4u; head++) {
+        if head < GROUP {
+            let value = qkv[(kv_head * GROUP + head) * WORKGROUP_SIZE + thread];
+            queries[head * WORKGROUP_SIZE + thread] =
+                norm_and_rotate(thread, value, norms[thread], position) * SCALE;
+        } else {
+            queries[head * WORKGROUP_SIZE + thread] = vec4(0.0);
+        }
+    }
+    let key = qkv[(HEADS + kv_head) * WORKGROUP_SIZE + thread];
+    let turned_key = norm_and_rotate(thread, key, norms[WORKGROUP_SIZE + thread], position);
+    if first < length && last == length {  // the share with the new position
+        let slot = ((position % CAPACITY) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread;
+        key_cache[slot] = vec4<half>(turned_key);
+        value_cache[slot] = vec4<half>(qkv[(HEADS + KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
+    }
+    storageBarrier();
+    workgroupBarrier();
+
+    var highest = vec4(LOWEST);
+    var total = vec4(0.0);  // this thread's part of the sum
+    var gathered: array<vec4<f32>, 4>;  // a vector a head
+    for (var tile = first; tile < last; tile += WORKGROUP_SIZE) {
+        var scores = vec4(LOWEST);
+        if tile + thread < last {
+            scores = vec4(0.0);
+            let start = ((oldest + tile + thread) % CAPACITY * KV_HEADS + kv_head) * WORKGROUP_SIZE;
+            for (var i = 0u; i < WORKGROUP_SIZE; i++) {
+                let k = vec4<f32>(key_cache[start + i]);
+                scores += vec4(
+                    dot(queries[i], k),
+                    dot(queries[WORKGROUP_SIZE + i], k),
+                    dot(queries[2u * WORKGROUP_SIZE + i], k),
+                    dot(queries[3u * WORKGROUP_SIZE + i], k),
+                );
+            }
+        }
+        let higher = max(highest, maximum(thread, scores));
+        let shrink = exp(highest - higher);
+        highest = higher;
+        let weight = select(vec4(0.0), exp(scores - highest), tile + thread < last);
+        total = total * shrink + weight;
+        weights[thread] = weight;
+        workgroupBarrier();
+        for (var head = 0u; head < 4u; head++) { gathered[head] *= shrink[head]; }
+        for (var i = 0u; i < min(WORKGROUP_SIZE, last - tile); i++) {
+            let slot = (oldest + tile + i) % CAPACITY * KV_HEADS + kv_head;
+            let v = vec4<f32>(value_cache[slot * WORKGROUP_SIZE + thread]);
+            for (var head = 0u; head < 4u; head++) { gathered[head] += weights[i][head] * v; }
+        }
+        workgroupBarrier();
+    }
+
+    for (var head = 0u; head < GROUP; head++) {
+        let sum = workgroup_sum(thread, total[head]);
+        let row = split * HEADS + kv_head * GROUP + head;
+        if SPLITS == 1u {
+            out[row * WORKGROUP_SIZE + thread] = gathered[head] / sum;
+        } else {
+            out[row * WORKGROUP_SIZE + thread] = gathered[head];
+            if thread == 0u { stats[row] = vec2(highest[head], sum); }
+        }
+    }
+}

@@ -1,0 +1,23 @@
+// The keys and values of a prompt's tokens into the cache, after its attention: a ring of CAPACITY slots, in which position
+// p lies at slot p % CAPACITY. Of a chunk longer than the ring, the last CAPACITY tokens remain.
+//
+// keys, values half [max count, SIZE]      key_cache, value_cache half [CAPACITY, SIZE]
+// Grid: x = vectors of four of a token / 64, y = token.
+override SIZE: u32;
+override CAPACITY: u32;
+#include "state.wgsl"
+
+@group(0) @binding(0) var<storage, read> state: State;
+@group(0) @binding(1) var<storage, read> keys: array<vec4<half>>;
+@group(0) @binding(2) var<storage, read> values: array<vec4<half>>;
+@group(0) @binding(3) var<storage, read_write> key_cache: array<vec4<half>>;
+@group(0) @binding(4) var<storage, read_write> value_cache: array<vec4<half>>;
+
+@compute @workgroup_size(64)
+fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+    let size = SIZE / 4u;
+    if id.x >= size || id.y >= state.count || id.y + CAPACITY < state.count { return; }
+    let slot = (state.position + id.y) % CAPACITY;
+    key_cache[slot * size + id.x] = keys[id.y * size + id.x];
+    value_cache[slot * size + id.x] = values[id.y * size + id.x];
+}

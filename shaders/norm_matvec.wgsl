@@ -1,0 +1,100 @@
+// A block's first matrix at decode, with the norms before it as prologue (Gemma 3 report, section 2):
+//     h    = residual + post_weight * previous / rms(previous)      where ADD, else residual
+//     x    = weight * h / rms(h)
+//     y[r] = sum_k W[r, k] x[k]                                     or, where GEGLU,
+//     y[r] = gelu(sum_k W[r, k] x[k]) * sum_k W[ROWS + r, k] x[k]
+// with rms(v) = sqrt(mean(v^2) + eps). Every workgroup computes h; the first stores it in new_residual, another buffer,
+// since the others still read the old one. The step's last token is the one computed.
+//
+// W: weights.wgsl [ROWS, K], or [2 ROWS, K] where GEGLU      residual f32 [max count, K]      previous f32 [max count, K]
+// norms f32 [2, K]: post_weight, weight (1 + w of the report)      new_residual f32 [>= 1, K]
+// y f32: rows [FIRST_ROW, FIRST_ROW + ROWS) of it are written
+// Workgroup: see matvec.wgsl.
+override WORKGROUP_SIZE: u32;
+override LANES: u32;
+override ROWS_PER_TEAM: u32;
+override K: u32;
+override ROWS: u32;
+override FIRST_ROW: u32;
+override EPS: f32;
+override ADD: bool;
+override GEGLU: bool;
+override VECTORS = K / 4u;
+#include "weights.wgsl"
+#include "team.wgsl"
+#include "reduce.wgsl"
+#include "state.wgsl"
+#include "gelu.wgsl"
+
+@group(0) @binding(0) var<storage, read> quants: array<vec4<u32>>;
+@group(0) @binding(1) var<storage, read> scales: array<u32>;
+@group(0) @binding(2) var<storage, read> state: State;
+@group(0) @binding(3) var<storage, read> residual: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read> previous: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read> norms: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> new_residual: array<vec4<f32>>;
+@group(0) @binding(7) var<storage, read_write> y: array<f32>;
+
+var<workgroup> x: array<vec4<f32>, VECTORS>;
+
+fn normalize_x(thread: u32, is_first: bool) {
+    let start = (state.count - 1u) * VECTORS;
+    var scale = 0.0;
+    if ADD {
+        var squares = 0.0;
+        for (var i = thread; i < VECTORS; i += WORKGROUP_SIZE) {
+            squares += dot(previous[start + i], previous[start + i]);
+        }
+        scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
+    }
+    var squares = 0.0;
+    for (var i = thread; i < VECTORS; i += WORKGROUP_SIZE) {
+        var h = residual[start + i];
+        if ADD {
+            h += previous[start + i] * scale * norms[i];
+            if is_first { new_residual[i] = h; }
+        }
+        x[i] = h;
+        squares += dot(h, h);
+    }
+    scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
+    for (var i = thread; i < VECTORS; i += WORKGROUP_SIZE) {
+        x[i] *= scale * norms[VECTORS + i];
+    }
+    workgroupBarrier();
+}
+
+fn row_dot(row: u32, lane: u32) -> f32 {
+    let first_block = row * (K / 32u);
+    var sum = 0.0;
+    for (var block = lane; block < K / 32u; block += LANES) {
+        let w = dequantize(first_block + block);
+        for (var j = 0u; j < 8u; j++) {
+            sum += dot(w[j], x[block * 8u + j]);
+        }
+    }
+    return sum;
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let group_index = group.y * groups.x + group.x;
+    normalize_x(thread, group_index == 0u);
+    let team = group_index * (WORKGROUP_SIZE / LANES) + thread / LANES;
+    let lane = thread % LANES;
+    for (var i = 0u; i < ROWS_PER_TEAM; i++) {
+        let row = team * ROWS_PER_TEAM + i;
+        let within = min(row, ROWS - 1u);
+        var value = team_sum(thread, row_dot(within, lane));
+        if GEGLU {
+            value = gelu(value) * team_sum(thread, row_dot(within + ROWS, lane));
+        }
+        if lane == 0u && row < ROWS {
+            y[FIRST_ROW + row] = value;
+        }
+    }
+}

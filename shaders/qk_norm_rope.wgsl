@@ -1,0 +1,44 @@
+// Queries, keys and values of a prompt's tokens, made ready for attention:
+//     q = SCALE rotate(q_weight * q / rms(q), position)      k = rotate(k_weight * k / rms(k), position)      v = v
+//
+// qkv f32 [max count, HEADS + 2 KV_HEADS, HEAD_DIM]      norms f32 [2, HEAD_DIM]: q_weight, k_weight (1 + w of the report)
+// rope: rope.wgsl      queries half [max count, HEADS, HEAD_DIM]      keys, values half [max count, KV_HEADS, HEAD_DIM]
+// Grid: x = head of qkv, y = token. A workgroup of HEAD_DIM / 4 threads has one head.
+override HEADS: u32;
+override KV_HEADS: u32;
+override HEAD_DIM: u32;
+override EPS: f32;
+override SCALE: f32;
+override WORKGROUP_SIZE: u32;
+#include "state.wgsl"
+#include "reduce.wgsl"
+
+@group(0) @binding(0) var<storage, read> state: State;
+@group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> norms: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;
+@group(0) @binding(4) var<storage, read_write> queries: array<vec4<half>>;
+@group(0) @binding(5) var<storage, read_write> keys: array<vec4<half>>;
+@group(0) @binding(6) var<storage, read_write> values: array<vec4<half>>;
+#include "rope.wgsl"
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let head = group.x;
+    let token = group.y;
+    if token >= state.count { return; }
+    let value = qkv[(token * (HEADS + 2u * KV_HEADS) + head) * WORKGROUP_SIZE + thread];
+    if head >= HEADS + KV_HEADS {
+        let kv_head = head - HEADS - KV_HEADS;
+        values[(token * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread] = vec4<half>(value);
+        return;
+    }
+    let is_key = head >= HEADS;
+    let weight = norms[select(0u, WORKGROUP_SIZE, is_key) + thread];
+    let turned = norm_and_rotate(thread, value, weight, state.position + token);
+    if is_key {
+        keys[(token * KV_HEADS + head - HEADS) * WORKGROUP_SIZE + thread] = vec4<half>(turned);
+    } else {
+        queries[(token * HEADS + head) * WORKGROUP_SIZE + thread] = vec4<half>(turned * SCALE);
+    }
+}

@@ -1,0 +1,45 @@
+// RMSNorm of each token of a prompt, after adding the block's output to the residual stream (Gemma 3 report, section 2):
+//     residual += post_weight * y / rms(y)                   where ADD
+//     out       = weight * residual / rms(residual)
+// with rms(v) = sqrt(mean(v^2) + eps), in f32. The weights are 1 + w of the report.
+//
+// residual, y f32 [max count, K]      out half [max count, K]      weights f32 [K]
+// Grid: one workgroup a token.
+override WORKGROUP_SIZE: u32;
+override K: u32;
+override EPS: f32;
+override ADD: bool;
+#include "reduce.wgsl"
+#include "state.wgsl"
+
+@group(0) @binding(0) var<storage, read> state: State;
+@group(0) @binding(1) var<storage, read_write> residual: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> y: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> post_weight: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read> weight: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read_write> out: array<vec4<half>>;
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    if group.x >= state.count { return; }
+    let size = K / 4u;
+    let start = group.x * size;
+    if ADD {
+        var squares = 0.0;
+        for (var i = thread; i < size; i += WORKGROUP_SIZE) {
+            squares += dot(y[start + i], y[start + i]);
+        }
+        let scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
+        for (var i = thread; i < size; i += WORKGROUP_SIZE) {
+            residual[start + i] += y[start + i] * scale * post_weight[i];
+        }
+    }
+    var squares = 0.0;
+    for (var i = thread; i < size; i += WORKGROUP_SIZE) {
+        squares += dot(residual[start + i], residual[start + i]);
+    }
+    let scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
+    for (var i = thread; i < size; i += WORKGROUP_SIZE) {
+        out[start + i] = vec4<half>(residual[start + i] * scale * weight[i]);
+    }
+}
