@@ -3,7 +3,7 @@
 //     out       = weight * residual / rms(residual)
 // with rms(v) = sqrt(mean(v^2) + eps), in f32. The weights are 1 + w of the report.
 //
-// residual, y f32 [max count, K]      out half [max count, K]      weights f32 [K]
+// residual, y f32 [max count, K]      out half [max count, K]      norms f32 [2, K]: post_weight, weight
 // Grid: one workgroup a token.
 override WORKGROUP_SIZE: u32;
 override K: u32;
@@ -15,9 +15,8 @@ override ADD: bool;
 @group(0) @binding(0) var<storage, read> state: State;
 @group(0) @binding(1) var<storage, read_write> residual: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> y: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> post_weight: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> weight: array<vec4<f32>>;
-@group(0) @binding(5) var<storage, read_write> out: array<vec4<half>>;
+@group(0) @binding(3) var<storage, read> norms: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read_write> out: array<vec4<half>>;
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -31,7 +30,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         let scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
         for (var i = thread; i < size; i += WORKGROUP_SIZE) {
-            residual[start + i] += y[start + i] * scale * post_weight[i];
+            residual[start + i] += y[start + i] * scale * norms[i];
         }
     }
     var squares = 0.0;
@@ -40,6 +39,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
     for (var i = thread; i < size; i += WORKGROUP_SIZE) {
-        out[start + i] = vec4<half>(residual[start + i] * scale * weight[i]);
+        out[start + i] = vec4<half>(residual[start + i] * scale * norms[size + i]);
     }
 }

@@ -1,0 +1,264 @@
+"""One thin function a shader: it chooses the constants, binds the buffers and counts the workgroups.
+
+What a kernel computes, and how its buffers are laid out, stands at the top of its file under shaders/. What is called
+`half` there is float16 in F16 mode and float32 in F32 mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemma_wgpu.gpu.device import Buffer, Constants, Device, Dispatch
+from gemma_wgpu.weights.layouts import Layout
+
+VOCABULARY_PART = 1024  # tokens that a workgroup of logits_scan sums up
+QUERY_ROWS = 16  # query heads times tokens in a workgroup of attention_prefill
+_REDUCE = 64  # threads of the kernels that sum over a workgroup
+_MATMUL_ROWS = 64
+_MATMUL_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `first_row` to `first_row + rows` of a matrix, in one layout and inside the binding limit."""
+
+    layout: Layout
+    first_row: int
+    rows: int
+    cols: int
+    quants: Buffer
+    scales: Buffer
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The shape of a layer's attention. `window` counts the query; `capacity` is the slots of the cache."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    eps: float
+    window: int
+    capacity: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+class Kernels:
+    """The shaders on one device in one precision. `max_count` is the number of tokens that a program is made for."""
+
+    def __init__(self, device: Device, *, half: bool) -> None:
+        self._device = device
+        self._half = half
+        # A team of threads a row hides memory latency; on a CPU adapter its barriers cost more than they save.
+        self.lanes = 1 if device.info.type == "CPU" else 16
+
+    def _dispatch(
+        self,
+        shader: str,
+        constants: Constants,
+        bindings: tuple[Buffer, ...],
+        *workgroups: int,
+        half: bool | None = None,
+    ) -> Dispatch:
+        x, y, z = (*workgroups, 1, 1)[:3]
+        pipeline = self._device.pipeline(shader, constants, half=self._half if half is None else half)
+        return Dispatch(pipeline, bindings, (x, y, z))
+
+    def _spread(self, workgroups: int) -> tuple[int, int]:
+        """A grid of at least so many workgroups, inside the limit of a dimension."""
+        y = ceil_div(workgroups, self._device.limits.max_compute_workgroups_per_dimension)
+        return ceil_div(workgroups, y), y
+
+    def _rows_grid(self, rows: int) -> tuple[int, int]:
+        return self._spread(ceil_div(rows, _REDUCE // self.lanes))
+
+    def embed(
+        self, part: Part, state: Buffer, tokens: Buffer, residual: Buffer, *, scale: float, max_count: int
+    ) -> Dispatch:
+        """Look up the tokens whose embeddings lie in `part`."""
+        constants = _weights(part) | {"SCALE": scale}
+        bindings = (part.quants, part.scales, state, tokens, residual)
+        return self._dispatch("embed", constants, bindings, ceil_div(part.cols // 32, 32), max_count)
+
+    def rms_norm(
+        self,
+        state: Buffer,
+        residual: Buffer,
+        y: Buffer,
+        norms: Buffer,
+        out: Buffer,
+        *,
+        size: int,
+        eps: float,
+        add: bool,
+        max_count: int,
+    ) -> Dispatch:
+        """Norm of the residual, after adding the norm of `y` to it where `add`."""
+        constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "EPS": eps, "ADD": add}
+        return self._dispatch("rms_norm", constants, (state, residual, y, norms, out), max_count)
+
+    def matvec(self, part: Part, x: Buffer, y: Buffer) -> Dispatch:
+        """A part of a matrix times a vector."""
+        constants = _weights(part) | self._teams()
+        return self._dispatch("matvec", constants, (part.quants, part.scales, x, y), *self._rows_grid(part.rows))
+
+    def norm_matvec(
+        self,
+        part: Part,
+        state: Buffer,
+        residual: Buffer,
+        previous: Buffer,
+        norms: Buffer,
+        new_residual: Buffer,
+        y: Buffer,
+        *,
+        eps: float,
+        add: bool,
+        geglu: bool = False,
+    ) -> Dispatch:
+        """A part of a matrix times the norm of the residual, after adding the norm of `previous` where `add`."""
+        rows = part.rows // 2 if geglu else part.rows
+        constants = _weights(part) | self._teams() | {"ROWS": rows, "EPS": eps, "ADD": add, "GEGLU": geglu}
+        bindings = (part.quants, part.scales, state, residual, previous, norms, new_residual, y)
+        return self._dispatch("norm_matvec", constants, bindings, *self._rows_grid(rows))
+
+    def matmul(
+        self, part: Part, state: Buffer, x: Buffer, y: Buffer, *, stride: int, scale: float = 1.0, max_count: int
+    ) -> Dispatch:
+        """A part of a matrix times the vectors of the tokens; `stride` is the length of a row of `y`."""
+        constants = _weights(part) | {"TOKENS": _MATMUL_TOKENS, "STRIDE": stride, "SCALE": scale}
+        bindings = (part.quants, part.scales, state, x, y)
+        grid = ceil_div(part.rows, _MATMUL_ROWS), ceil_div(max_count, _MATMUL_TOKENS)
+        return self._dispatch("matmul", constants, bindings, *grid)
+
+    def geglu(
+        self, state: Buffer, gate_up: Buffer, out: Buffer, *, size: int, scale: float, max_count: int, half: bool
+    ) -> Dispatch:
+        """GELU of the gate times up; `half` says what `out` holds."""
+        grid = ceil_div(size // 4, 64), max_count
+        return self._dispatch("geglu", {"SIZE": size, "SCALE": scale}, (state, gate_up, out), *grid, half=half)
+
+    def qk_norm_rope(
+        self,
+        shape: Attention,
+        state: Buffer,
+        qkv: Buffer,
+        norms: Buffer,
+        rope: Buffer,
+        queries: Buffer,
+        keys: Buffer,
+        values: Buffer,
+        *,
+        max_count: int,
+    ) -> Dispatch:
+        """Queries, keys and values, normalised and rotated."""
+        constants = _heads(shape) | {"HEAD_DIM": shape.head_dim, "EPS": shape.eps, "SCALE": shape.scale}
+        bindings = (state, qkv, norms, rope, queries, keys, values)
+        return self._dispatch("qk_norm_rope", constants, bindings, shape.heads + 2 * shape.kv_heads, max_count)
+
+    def attention_prefill(
+        self,
+        shape: Attention,
+        state: Buffer,
+        queries: Buffer,
+        keys: Buffer,
+        values: Buffer,
+        key_cache: Buffer,
+        value_cache: Buffer,
+        out: Buffer,
+        *,
+        max_count: int,
+    ) -> Dispatch:
+        """Attention of a chunk of tokens over the cache and the chunk."""
+        constants = _heads(shape) | {"WINDOW": shape.window, "CAPACITY": shape.capacity}
+        bindings = (state, queries, keys, values, key_cache, value_cache, out)
+        tiles = ceil_div(max_count, QUERY_ROWS // (shape.heads // shape.kv_heads))
+        return self._dispatch("attention_prefill", constants, bindings, tiles, shape.kv_heads)
+
+    def cache_write(
+        self,
+        shape: Attention,
+        state: Buffer,
+        keys: Buffer,
+        values: Buffer,
+        key_cache: Buffer,
+        value_cache: Buffer,
+        *,
+        max_count: int,
+    ) -> Dispatch:
+        """A chunk's keys and values into the cache."""
+        size = shape.kv_heads * shape.head_dim
+        constants = {"SIZE": size, "CAPACITY": shape.capacity}
+        bindings = (state, keys, values, key_cache, value_cache)
+        return self._dispatch("cache_write", constants, bindings, ceil_div(size // 4, 64), max_count)
+
+    def attention_decode(
+        self,
+        shape: Attention,
+        state: Buffer,
+        qkv: Buffer,
+        norms: Buffer,
+        rope: Buffer,
+        key_cache: Buffer,
+        value_cache: Buffer,
+        out: Buffer,
+        stats: Buffer,
+        *,
+        splits: int,
+    ) -> Dispatch:
+        """Attention of one token, its keys and values written to the cache on the way."""
+        constants = _heads(shape) | {
+            "HEAD_DIM": shape.head_dim,
+            "EPS": shape.eps,
+            "SCALE": shape.scale,
+            "CAPACITY": shape.capacity,
+            "SPLITS": splits,
+        }
+        bindings = (state, qkv, norms, rope, key_cache, value_cache, out, stats)
+        return self._dispatch("attention_decode", constants, bindings, splits, shape.kv_heads)
+
+    def attention_combine(
+        self, shape: Attention, shares: Buffer, stats: Buffer, out: Buffer, *, splits: int
+    ) -> Dispatch:
+        """One softmax out of the shares that the splits computed."""
+        constants = {"HEADS": shape.heads, "SPLITS": splits, "WORKGROUP_SIZE": shape.head_dim // 4}
+        return self._dispatch("attention_combine", constants, (shares, stats, out), shape.heads)
+
+    def logits_scan(
+        self, state: Buffer, sampling: Buffer, seen: Buffer, logits: Buffer, summaries: Buffer, *, vocab: int
+    ) -> Dispatch:
+        """Penalise and temper the logits, and sum up each part of the vocabulary."""
+        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART}
+        bindings = (state, sampling, seen, logits, summaries)
+        return self._dispatch("logits_scan", constants, bindings, ceil_div(vocab, VOCABULARY_PART))
+
+    def sample(
+        self,
+        state: Buffer,
+        sampling: Buffer,
+        logits: Buffer,
+        summaries: Buffer,
+        tokens: Buffer,
+        seen: Buffer,
+        *,
+        vocab: int,
+    ) -> Dispatch:
+        """Choose the next token, append it and advance the state."""
+        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "WORKGROUP_SIZE": 256}
+        return self._dispatch("sample", constants, (state, sampling, logits, summaries, tokens, seen), 1)
+
+    def _teams(self) -> dict[str, int]:
+        return {"WORKGROUP_SIZE": _REDUCE, "LANES": self.lanes, "ROWS_PER_TEAM": 1}
+
+
+def _weights(part: Part) -> dict[str, int | float | bool]:
+    return {"LAYOUT": int(part.layout), "K": part.cols, "FIRST_ROW": part.first_row, "ROWS": part.rows}
+
+
+def _heads(shape: Attention) -> dict[str, int | float | bool]:
+    return {"HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "WORKGROUP_SIZE": shape.head_dim // 4}

@@ -1,0 +1,131 @@
+// Causal attention of a chunk of tokens over the cache and the chunk itself, softmax(q K^T) V as in flash attention
+// (arXiv 2205.14135): tile by tile, with an online softmax in f32, and tiles outside the window never touched.
+//     out[i, h] = sum_j softmax_j(q[i, h] . k_j) v_j      over positions p + i - WINDOW < j <= p + i
+// Keys and values before the chunk's first position p come from the cache, position j at slot j % CAPACITY; those of the
+// chunk from keys and values, so that a ring of just WINDOW slots suffices.
+//
+// queries half [max count, HEADS, HEAD_DIM], scaled      keys, values half [max count, KV_HEADS, HEAD_DIM]
+// key_cache, value_cache half [CAPACITY, KV_HEADS, HEAD_DIM]      out half [max count, HEADS, HEAD_DIM]
+// Grid: x = tiles of QUERIES tokens, y = key/value head. A workgroup of HEAD_DIM / 4 threads takes ROWS = 16 rows, a row
+// being a query head of a token, and goes over the keys in tiles of as many as it has threads. A thread scores one key for
+// all rows, then takes a part of the softmax, then gathers four elements of the output of all rows.
+override HEADS: u32;
+override KV_HEADS: u32;
+override WINDOW: u32;
+override CAPACITY: u32;
+override WORKGROUP_SIZE: u32;
+override GROUP = HEADS / KV_HEADS;
+override QUERIES = 16u / GROUP;
+override TILE_VECTORS = 4u * WORKGROUP_SIZE;
+#include "state.wgsl"
+
+@group(0) @binding(0) var<storage, read> state: State;
+@group(0) @binding(1) var<storage, read> queries: array<vec4<half>>;
+@group(0) @binding(2) var<storage, read> keys: array<vec4<half>>;
+@group(0) @binding(3) var<storage, read> values: array<vec4<half>>;
+@group(0) @binding(4) var<storage, read> key_cache: array<vec4<half>>;
+@group(0) @binding(5) var<storage, read> value_cache: array<vec4<half>>;
+@group(0) @binding(6) var<storage, read_write> out: array<vec4<half>>;
+
+const LOWEST = -1e30;
+
+// Four rows are one vector: tile[key * 4 + row / 4], first scores, then their exponentials.
+var<workgroup> tile: array<vec4<f32>, TILE_VECTORS>;
+var<workgroup> highest_of: array<vec4<f32>, WORKGROUP_SIZE>;
+var<workgroup> shrink_of: array<vec4<f32>, 4>;
+
+// Where row `row` of the tile of queries that begins at token `first` lies in queries and out, in vectors.
+fn row_start(first: u32, kv_head: u32, row: u32) -> u32 {
+    let token = min(first + row / GROUP, state.count - 1u);
+    return (token * HEADS + kv_head * GROUP + row % GROUP) * WORKGROUP_SIZE;
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let first = group.x * QUERIES;
+    let kv_head = group.y;
+    if first >= state.count { return; }
+    let start = state.position;
+    let first_query = start + first;
+    let first_key = max(first_query + 1u, WINDOW) - WINDOW;
+    let end_key = start + min(first + QUERIES, state.count);
+
+    let quad = thread % 4u;  // in the softmax: rows 4 quad to 4 quad + 3, keys 4 part to 4 part + 3
+    let part = thread / 4u;
+    var highest = vec4(LOWEST);
+    var total = vec4(0.0);  // this part's share of the sum
+    var gathered: array<vec4<f32>, 16>;
+    for (var key_tile = first_key; key_tile < end_key; key_tile += WORKGROUP_SIZE) {
+        let position = key_tile + thread;
+        var scores: array<f32, 16>;
+        if position < end_key {
+            let in_chunk = position >= start;
+            let slot = select(position % CAPACITY, position - start, in_chunk) * KV_HEADS + kv_head;
+            for (var i = 0u; i < WORKGROUP_SIZE; i++) {
+                var k: vec4<f32>;
+                if in_chunk {
+                    k = vec4<f32>(keys[slot * WORKGROUP_SIZE + i]);
+                } else {
+                    k = vec4<f32>(key_cache[slot * WORKGROUP_SIZE + i]);
+                }
+                for (var row = 0u; row < 16u; row++) {
+                    scores[row] += dot(vec4<f32>(queries[row_start(first, kv_head, row) + i]), k);
+                }
+            }
+        }
+        for (var row = 0u; row < 16u; row++) {
+            let query = first_query + row / GROUP;
+            if position > query || position + WINDOW <= query { scores[row] = LOWEST; }
+        }
+        for (var i = 0u; i < 4u; i++) {
+            tile[thread * 4u + i] = vec4(scores[4u * i], scores[4u * i + 1u], scores[4u * i + 2u], scores[4u * i + 3u]);
+        }
+        workgroupBarrier();
+
+        var higher = highest;
+        for (var i = 0u; i < 4u; i++) { higher = max(higher, tile[(4u * part + i) * 4u + quad]); }
+        highest_of[thread] = higher;
+        workgroupBarrier();
+        for (var i = quad; i < WORKGROUP_SIZE; i += 4u) { higher = max(higher, highest_of[i]); }
+        let shrink = exp(highest - higher);
+        highest = higher;
+        if part == 0u { shrink_of[quad] = shrink; }
+        total *= shrink;
+        for (var i = 0u; i < 4u; i++) {
+            let index = (4u * part + i) * 4u + quad;
+            // A row whose keys all lie in later tiles has seen nothing: its exponentials would be of LOWEST - LOWEST.
+            let weight = select(exp(tile[index] - highest), vec4(0.0), tile[index] == vec4(LOWEST));
+            tile[index] = weight;
+            total += weight;
+        }
+        workgroupBarrier();
+
+        for (var row = 0u; row < 16u; row++) { gathered[row] *= shrink_of[row / 4u][row % 4u]; }
+        for (var i = 0u; i < min(WORKGROUP_SIZE, end_key - key_tile); i++) {
+            let key_position = key_tile + i;
+            var v: vec4<f32>;
+            if key_position >= start {
+                v = vec4<f32>(values[((key_position - start) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
+            } else {
+                v = vec4<f32>(value_cache[(key_position % CAPACITY * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
+            }
+            for (var j = 0u; j < 4u; j++) {
+                let weight = tile[i * 4u + j];
+                gathered[4u * j] += weight.x * v;
+                gathered[4u * j + 1u] += weight.y * v;
+                gathered[4u * j + 2u] += weight.z * v;
+                gathered[4u * j + 3u] += weight.w * v;
+            }
+        }
+        workgroupBarrier();
+    }
+
+    highest_of[thread] = total;
+    workgroupBarrier();
+    for (var row = 0u; row < 16u; row++) {
+        if row >= QUERIES * GROUP || first + row / GROUP >= state.count { break; }
+        var sum = 0.0;
+        for (var i = row / 4u; i < WORKGROUP_SIZE; i += 4u) { sum += highest_of[i][row % 4u]; }
+        out[row_start(first, kv_head, row) + thread] = vec4<half>(gathered[row] / sum);
+    }
+}

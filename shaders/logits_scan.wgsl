@@ -1,0 +1,46 @@
+// The first step of sampling: penalise and temper the logits, and sum up each part of the vocabulary.
+//     l = logit / penalty, or logit * penalty where negative      for tokens that have occurred (arXiv 1909.05858)
+//     l = l / temperature                                         unless the temperature is 0
+//
+// logits f32 [VOCAB], in place      seen: a bit a token      summaries [parts]
+// Grid: one workgroup a part of PART tokens.
+override VOCAB: u32;
+override PART: u32;
+#include "state.wgsl"
+#include "sampling.wgsl"
+
+@group(0) @binding(0) var<storage, read> state: State;
+@group(0) @binding(1) var<storage, read> sampling: Sampling;
+@group(0) @binding(2) var<storage, read> seen: array<u32>;
+@group(0) @binding(3) var<storage, read_write> logits: array<f32>;
+@group(0) @binding(4) var<storage, read_write> summaries: array<Summary>;
+
+var<workgroup> scratch: array<Summary, 64>;
+
+@compute @workgroup_size(64)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let position = state.position + state.count;
+    var summary = NOTHING;
+    let end = min((group.x + 1u) * PART, VOCAB);
+    for (var token = group.x * PART + thread; token < end; token += 64u) {
+        var logit = logits[token];
+        if (seen[token / 32u] >> (token % 32u) & 1u) == 1u {
+            let penalty = sampling.repetition_penalty;
+            logit = select(logit / penalty, logit * penalty, logit < 0.0);
+        }
+        var chosen = logit;
+        if sampling.temperature > 0.0 {
+            logit /= sampling.temperature;
+            chosen = logit + gumbel(sampling.seed, position, token);
+        }
+        logits[token] = logit;
+        summary = merge(summary, Summary(logit, 1.0, chosen, token));
+    }
+    scratch[thread] = summary;
+    workgroupBarrier();
+    for (var size = 32u; size > 0u; size /= 2u) {
+        if thread < size { scratch[thread] = merge(scratch[thread], scratch[thread + size]); }
+        workgroupBarrier();
+    }
+    if thread == 0u { summaries[group.x] = scratch[0]; }
+}

@@ -1,0 +1,140 @@
+// The second step of sampling: choose the next token, append it to the sequence, and advance the state by it.
+//
+// Without filters the token is logits_scan's. With them, only tokens whose logit reaches a threshold are drawn from:
+//     top_k: the k-th highest logit         top_p: the highest t with sum_{l >= t} softmax(l) >= top_p, among the top k
+//     min_p: the highest logit + ln min_p
+// The first two are found bit by bit, each bit by a count over the candidates. Candidates are the tokens within 16 of the
+// highest logit, MINE of them a thread; where these may not hold the threshold, the whole vocabulary is searched.
+//
+// state is advanced      logits f32 [VOCAB], as logits_scan.wgsl leaves them      summaries [PARTS]
+// tokens u32 [context + 1]      seen: a bit a token
+// Grid: one workgroup.
+override VOCAB: u32;
+override PART: u32;
+override PARTS = (VOCAB + PART - 1u) / PART;
+override WORKGROUP_SIZE: u32;
+#include "state.wgsl"
+#include "sampling.wgsl"
+#include "reduce.wgsl"
+
+@group(0) @binding(0) var<storage, read_write> state: State;
+@group(0) @binding(1) var<storage, read> sampling: Sampling;
+@group(0) @binding(2) var<storage, read> logits: array<f32>;
+@group(0) @binding(3) var<storage, read> summaries: array<Summary>;
+@group(0) @binding(4) var<storage, read_write> tokens: array<u32>;
+@group(0) @binding(5) var<storage, read_write> seen: array<u32>;
+
+const MINE = 16u;
+const DEPTH = 16.0;
+
+var<workgroup> merge_scratch: array<Summary, WORKGROUP_SIZE>;
+var<private> mine: array<u32, MINE>;
+var<private> mine_count = 0u;
+var<private> search_all = false;
+
+fn workgroup_merge(thread: u32, value: Summary) -> Summary {
+    merge_scratch[thread] = value;
+    workgroupBarrier();
+    for (var size = WORKGROUP_SIZE / 2u; size > 0u; size /= 2u) {
+        if thread < size { merge_scratch[thread] = merge(merge_scratch[thread], merge_scratch[thread + size]); }
+        workgroupBarrier();
+    }
+    let merged = merge_scratch[0];
+    workgroupBarrier();
+    return merged;
+}
+
+fn collect(thread: u32, lowest: f32) {
+    for (var part = 0u; part < PARTS; part++) {
+        if summaries[part].highest < lowest { continue; }
+        let end = min((part + 1u) * PART, VOCAB);
+        for (var token = part * PART + thread; token < end; token += WORKGROUP_SIZE) {
+            if logits[token] >= lowest {
+                if mine_count < MINE { mine[mine_count] = token; }
+                mine_count++;
+            }
+        }
+    }
+}
+
+// The tokens that this thread goes over: candidate(thread, 0) to candidate(thread, candidates(thread) - 1).
+fn candidates(thread: u32) -> u32 {
+    return select(mine_count, (VOCAB - thread + WORKGROUP_SIZE - 1u) / WORKGROUP_SIZE, search_all);
+}
+
+fn candidate(thread: u32, i: u32) -> u32 {
+    if search_all { return thread + i * WORKGROUP_SIZE; }
+    return mine[i];
+}
+
+// An integer that grows with the float.
+fn order(value: f32) -> u32 {
+    let bits = bitcast<u32>(value);
+    return select(bits | 0x80000000u, ~bits, (bits >> 31u) == 1u);
+}
+
+// What the candidates whose order is at least `lowest` amount to: their number, or their sum of e^(logit - highest).
+fn amount(thread: u32, lowest: u32, by_mass: bool, highest: f32) -> f32 {
+    var sum = 0.0;
+    for (var i = 0u; i < candidates(thread); i++) {
+        let logit = logits[candidate(thread, i)];
+        if order(logit) >= lowest { sum += select(1.0, exp(logit - highest), by_mass); }
+    }
+    return workgroup_sum(thread, sum);
+}
+
+// The highest order whose amount reaches `enough`.
+fn threshold(thread: u32, enough: f32, by_mass: bool, highest: f32) -> u32 {
+    var found = 0u;
+    for (var bit = 0x80000000u; bit > 0u; bit >>= 1u) {
+        if amount(thread, found | bit, by_mass, highest) >= enough { found |= bit; }
+    }
+    return found;
+}
+
+fn filtered(thread: u32, all: Summary, position: u32) -> u32 {
+    let top_k = f32(sampling.top_k);
+    collect(thread, all.highest - DEPTH);
+    let overflow = workgroup_sum(thread, select(0.0, 1.0, mine_count > MINE));
+    let count = workgroup_sum(thread, f32(mine_count));
+    mine_count = min(mine_count, MINE);
+    let mass = amount(thread, 0u, true, all.highest);
+    search_all = overflow > 0.0
+        || (sampling.top_k > 0u && count < top_k)
+        || (sampling.top_k == 0u && mass < sampling.top_p * all.sum);
+
+    var lowest = 0u;
+    if sampling.top_k > 0u { lowest = threshold(thread, top_k, false, all.highest); }
+    if sampling.top_p < 1.0 {
+        let whole = amount(thread, lowest, true, all.highest);
+        let nucleus = select(whole, all.sum, sampling.top_k == 0u);
+        lowest = max(lowest, threshold(thread, sampling.top_p * nucleus, true, all.highest));
+    }
+    if sampling.min_p > 0.0 { lowest = max(lowest, order(all.highest + log(sampling.min_p))); }
+    var best = NOTHING;
+    for (var i = 0u; i < candidates(thread); i++) {
+        let token = candidate(thread, i);
+        if order(logits[token]) >= lowest {
+            best = merge(best, Summary(0.0, 0.0, logits[token] + gumbel(sampling.seed, position, token), token));
+        }
+    }
+    return workgroup_merge(thread, best).token;
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(@builtin(local_invocation_index) thread: u32) {
+    let position = state.position + state.count;
+    var all = NOTHING;
+    for (var part = thread; part < PARTS; part += WORKGROUP_SIZE) { all = merge(all, summaries[part]); }
+    all = workgroup_merge(thread, all);
+    var token = all.token;
+    if sampling.temperature > 0.0 && (sampling.top_k > 0u || sampling.top_p < 1.0 || sampling.min_p > 0.0) {
+        token = filtered(thread, all, position);
+    }
+    if thread == 0u {
+        tokens[position] = token;
+        state.position = position;
+        state.count = 1u;
+        if token < VOCAB { seen[token / 32u] |= 1u << (token % 32u); }
+    }
+}
