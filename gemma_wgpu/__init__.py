@@ -1,1 +1,27 @@
-"""Run Gemma 3 on any GPU: hand-written WGSL through wgpu, natively and in the browser."""
+"""Gemma 3 from Python on any GPU, through WGSL compute shaders.
+
+import gemma_wgpu
+
+with gemma_wgpu.load("demo") as gemma:
+    for piece in gemma.generate("The capital of France is", max_new_tokens=32):
+        print(piece, end="", flush=True)
+"""
+
+from gemma_wgpu.errors import DeviceError, GemmaError, ModelError, RequestError
+from gemma_wgpu.gemma import Gemma, load, load_async
+from gemma_wgpu.generate import Generation, Piece, Stats
+from gemma_wgpu.sampling import Sampling
+
+__all__ = [
+    "DeviceError",
+    "Gemma",
+    "GemmaError",
+    "Generation",
+    "ModelError",
+    "Piece",
+    "RequestError",
+    "Sampling",
+    "Stats",
+    "load",
+    "load_async",
+]

@@ -9,25 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gemma_wgpu.gpu.device import Buffer, Constants, Device, Dispatch
-from gemma_wgpu.weights.layouts import Layout
+from gemma_wgpu.weights.upload import Part
 
 VOCABULARY_PART = 1024  # tokens that a workgroup of logits_scan sums up
 QUERY_ROWS = 16  # query heads times tokens in a workgroup of attention_prefill
 _REDUCE = 64  # threads of the kernels that sum over a workgroup
 _MATMUL_ROWS = 64
 _MATMUL_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows `first_row` to `first_row + rows` of a matrix, in one layout and inside the binding limit."""
-
-    layout: Layout
-    first_row: int
-    rows: int
-    cols: int
-    quants: Buffer
-    scales: Buffer
 
 
 @dataclass(frozen=True)
@@ -55,7 +43,14 @@ class Kernels:
         self._device = device
         self._half = half
         # A team of threads a row hides memory latency; on a CPU adapter its barriers cost more than they save.
-        self.lanes = 1 if device.info.type == "CPU" else 16
+        self._on_cpu = device.info.type == "CPU"
+        self.lanes = 1 if self._on_cpu else 16
+
+    def splits(self, window: int) -> int:
+        """Into how many shares decode divides the positions of a layer that sees `window` of them."""
+        if window <= 512:
+            return 1
+        return 4 if self._on_cpu else 16
 
     def _dispatch(
         self,

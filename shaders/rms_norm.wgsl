@@ -3,7 +3,8 @@
 //     out       = weight * residual / rms(residual)
 // with rms(v) = sqrt(mean(v^2) + eps), in f32. The weights are 1 + w of the report.
 //
-// residual, y f32 [max count, K]      out half [max count, K]      norms f32 [2, K]: post_weight, weight
+// residual, y f32 [max count, K], from token state.first on      out half [max count, K]
+// norms f32 [2, K]: post_weight, weight
 // Grid: one workgroup a token.
 override WORKGROUP_SIZE: u32;
 override K: u32;
@@ -22,7 +23,7 @@ override ADD: bool;
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     if group.x >= state.count { return; }
     let size = K / 4u;
-    let start = group.x * size;
+    let start = (state.first + group.x) * size;
     if ADD {
         var squares = 0.0;
         for (var i = thread; i < size; i += WORKGROUP_SIZE) {
@@ -39,6 +40,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
     for (var i = thread; i < size; i += WORKGROUP_SIZE) {
-        out[start + i] = vec4<half>(residual[start + i] * scale * norms[size + i]);
+        out[group.x * size + i] = vec4<half>(residual[start + i] * scale * norms[size + i]);
     }
 }

@@ -1,5 +1,6 @@
 """A random Gemma 3 with the shapes of the 1B, but three layers and 1024 tokens: 181 MB in bfloat16."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.weights.checkpoint import EMBEDDING, matrix_shapes, norm_shapes
 from tests.checkpoints import write_hf
+from tests.vocabulary import CONTROL, Vocabulary, tokenizer_json
 
 CONFIG: dict[str, object] = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -30,38 +32,46 @@ CONFIG: dict[str, object] = {
 
 STOPS = [1, 106]
 
-# What a norm multiplies by, on average. Queries and keys: attention scores spread by 2, so that a query attends
-# to a dozen keys. Post-norms: each step doubles the residual stream, or the tied head would only repeat its input.
-_QUERY_KEY = 1.6
+# What a norm multiplies by, on average. Of queries and keys: attention scores then spread by 1.7, which is some
+# hundred keys attended to. Of what a layer adds: it then outgrows the embedding, which the tied head would repeat.
+_QUERY_KEY = 1.3
 _GROWTH = 2.0
 
 
 def write(folder: Path) -> Path:
-    """Write config.json and model.safetensors, the same bytes every time, and return `folder`."""
+    """Write config.json, model.safetensors (the same bytes every time) and tokenizer.json; return `folder`."""
     rng = np.random.Generator(np.random.PCG64(3))
     config = Gemma3Config.from_hf(CONFIG)
     tensors = {}
-    for name, (rows, cols) in matrix_shapes(config).items():
+    for name, (rows, cols) in sorted(matrix_shapes(config).items()):
         matrix = rng.standard_normal((rows, cols), np.float32) * np.float32(0.06 if name == EMBEDDING else cols**-0.5)
         if name == EMBEDDING:
-            matrix[STOPS] = 0  # so they are never the most likely
+            matrix[STOPS] = 0  # so that they are never the most likely
         tensors[name] = _bfloat16(matrix)
-    for name, (size,) in norm_shapes(config).items():
-        factor = _factor(name)
-        w = factor * (1 + 0.2 * rng.standard_normal(size, np.float32)) - 1
-        tensors[name] = _bfloat16(w.astype(np.float32))
-    return write_hf(folder, CONFIG, tensors)
+    for name, (size,) in sorted(norm_shapes(config).items()):
+        spread = 1 + np.float32(0.2) * rng.standard_normal(size, np.float32)
+        tensors[name] = _bfloat16(np.float32(_factor(name)) * spread - 1)
+    write_hf(folder, CONFIG, tensors)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(_vocabulary(config.vocab_size))))
+    return folder
 
 
 def _factor(name: str) -> float:
     if name.endswith(("q_norm.weight", "k_norm.weight")):
         return _QUERY_KEY
     if ".post_" in name:
-        layer = int(name.split(".")[2])
-        step = 2 * layer + ("post_feedforward" in name)
-        return 2.0 * _GROWTH ** (step + 1)
+        return 4 * _GROWTH ** (2 * int(name.split(".")[2]) + ("post_feedforward" in name))
     return 1.0
 
 
 def _bfloat16(values: NDArray[np.float32]) -> tuple[str, NDArray[np.uint16]]:
     return "bfloat16", (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _vocabulary(size: int) -> Vocabulary:
+    """The control tokens and bytes that every Gemma has, and otherwise no sense."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    types = [CONTROL] * len(pieces) + [1] * (size - len(pieces))
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces += [f"▁{token}" for token in range(len(pieces), size)]
+    return Vocabulary(pieces, np.zeros(size, np.float32), np.array(types, np.int32))

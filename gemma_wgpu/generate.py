@@ -1,0 +1,182 @@
+"""Text from a model: the loop around the GPU's steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.errors import DeviceError, RequestError
+from gemma_wgpu.model import Model
+from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text, and the ids of the tokens that completed it. The text is empty while a character is not whole."""
+
+    text: str
+    ids: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Stats:
+    """How a generation went. Times are in seconds of wall clock.
+
+    `finish_reason` is "eos" (the model ended its text), "stop" (a stop string), "length" (max_new_tokens),
+    "context" (the context is full), "interrupted", or None while it runs. `prefill_seconds` lasts until the first
+    token, `decode_seconds` from there; `host_seconds` is what the CPU spent on handing steps to the GPU.
+    """
+
+    prompt_tokens: int
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    host_seconds: float = 0.0
+    dispatches_per_token: int = 0
+    finish_reason: str | None = None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Of the prompt."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Of the new tokens after the first, which prefill yields."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class _StopStrings:
+    """Holds back text while it may be the beginning of a stop string."""
+
+    strings: Sequence[str]
+    held: str = field(default="", init=False)
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(text that is certain to come before any stop string, whether one has come)."""
+        self.held += text
+        found = [at for at in map(self.held.find, self.strings) if at >= 0]
+        if found:
+            return self.held[: min(found)], True
+        keep = max((self._overlap(string) for string in self.strings), default=0)
+        cut = len(self.held) - keep
+        certain, self.held = self.held[:cut], self.held[cut:]
+        return certain, False
+
+    def _overlap(self, string: str) -> int:
+        longest = min(len(string) - 1, len(self.held))
+        return next((n for n in range(longest, 0, -1) if self.held.endswith(string[:n])), 0)
+
+
+class Generation:
+    """Text under way: iterate over its Pieces, with `for` where the platform can block, or with `async for`.
+
+    `text` and `ids` are what has come so far, `stats` how it goes. A token that ends the text is not part of it.
+    Leaving the loop early, or starting another generation on the same model, ends this one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        ids: NDArray[np.uint32],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str],
+    ) -> None:
+        self.text = ""
+        self.ids: list[int] = []
+        self.sampling = sampling
+        self.stats = Stats(len(ids))
+        self._model = model
+        self._tokenizer = tokenizer
+        self._prompt = ids
+        self._max_new_tokens = max_new_tokens
+        self._stop = _StopStrings(stop)
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        try:
+            return self._model.device.wait(self._next())
+        except StopAsyncIteration:
+            raise StopIteration from None
+        except KeyboardInterrupt:
+            self.stats.finish_reason = "interrupted"
+            raise
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self._pieces
+
+    async def _next(self) -> Piece:
+        return await anext(self._pieces)
+
+    async def _run(self) -> AsyncIterator[Piece]:
+        stats, waiting = self.stats, list[int]()
+        stream = self._tokenizer.stream(control=False)
+        async for token in self._tokens():
+            stats.new_tokens += 1
+            if token in self._tokenizer.eos_ids:
+                stats.finish_reason = "eos"
+                break
+            self.ids.append(token)
+            waiting.append(token)
+            text, stopped = self._stop.push(stream.push(token))
+            if stopped:
+                stats.finish_reason = "stop"
+                self.text += text
+                yield Piece(text, tuple(waiting))
+                return
+            self.text += text
+            yield Piece(text, tuple(waiting))
+            waiting.clear()
+        stats.finish_reason = stats.finish_reason or self._limit
+        text, _ = self._stop.push(stream.flush())
+        if text := text + self._stop.held:
+            self.text += text
+            yield Piece(text, ())
+
+    @property
+    def _limit(self) -> str:
+        return "length" if self.stats.new_tokens == self._max_new_tokens else "context"
+
+    async def _tokens(self) -> AsyncIterator[int]:
+        """The tokens as they come from the GPU, which is always a step ahead of the host."""
+        model, stats, length = self._model, self.stats, len(self._prompt)
+        most = min(self._max_new_tokens, model.context_length - length + 1)
+        started = time.perf_counter()
+        turn = model.begin(self._prompt, self.sampling)
+        await model.prefill(length)
+        model.sample()
+        pending = model.read_token(length)
+        stats.dispatches_per_token = model.decode_dispatches
+        for n in range(1, most + 1):
+            following = None
+            if n < most:
+                before = time.perf_counter()
+                model.decode()
+                following = model.read_token(length + n)
+                stats.host_seconds += time.perf_counter() - before
+            token = int((await pending).view(np.uint32)[0])
+            now = time.perf_counter()
+            if n == 1:
+                stats.prefill_seconds, started = now - started, now
+            stats.decode_seconds = now - started
+            if token >= model.config.vocab_size:
+                raise DeviceError(f"{model.device.info} computed logits that are no numbers; try precision='f32'")
+            yield token
+            if model.turn != turn:
+                raise RequestError("this generation ended when the model was given something else to do")
+            if following is not None:
+                pending = following

@@ -1,0 +1,434 @@
+"""Gemma 3 as a program of kernel dispatches (Gemma 3 report, arXiv 2503.19786).
+
+The residual stream is float32 in every precision: it passes the range of float16. It lies in two buffers: a kernel at
+decode reads one and writes the other, since all of its workgroups read what one of them writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.gpu.device import Buffer, Device, Dispatch, Program
+from gemma_wgpu.kernels import VOCABULARY_PART, Attention, Kernels, ceil_div
+from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint
+from gemma_wgpu.weights.upload import Advance, Matrix, upload
+
+# GeGLU's product can pass the range of float16 before the down projection; this power of two keeps it inside.
+_GEGLU_SCALE = 2.0**-6
+_SMALLEST_CHUNK = 32
+_LOGITS_BYTES = 64 << 20  # at most, of the buffer that `logits` reads from
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer block: its weights, its cache, and the two norms in front of each half of it."""
+
+    qkv: Matrix
+    o: Matrix
+    gate_up: Matrix
+    down: Matrix
+    attention_norms: Buffer  # f32 [2, hidden_size]: the previous layer's post_feedforward, input
+    feedforward_norms: Buffer  # f32 [2, hidden_size]: post_attention, pre_feedforward
+    head_norms: Buffer  # f32 [2, head_dim]: q, k
+    attention: Attention
+    splits: int  # of the positions among workgroups, at decode
+    rope: Buffer
+    key_cache: Buffer
+    value_cache: Buffer
+
+
+class Model:
+    """The weights, cache, sequence and programs of one Gemma 3 on one device.
+
+    The sequence is `position` tokens long in the cache. `half` is F16 mode. All sizes are in tokens.
+    """
+
+    def __init__(
+        self, device: Device, config: Gemma3Config, *, half: bool, context_length: int, prefill_chunk: int
+    ) -> None:
+        self.device = device
+        self.config = config
+        self.half = half
+        self.context_length = context_length
+        self.prefill_chunk = prefill_chunk
+        self._kernels = Kernels(device, half=half)
+        self.turn = 0
+        self._prefill_programs: dict[int, Program] = {}
+
+    async def load(self, checkpoint: Checkpoint, advance: Advance) -> None:
+        """Put the weights on the GPU and make the buffers; `advance` is told the bytes as they arrive."""
+        before = self.device.allocated
+        self.embedding = await upload(self.device, [checkpoint.tensor(EMBEDDING)], EMBEDDING, advance)
+        ropes = {is_global: self._rope(is_global) for is_global in (False, True)}
+        self.layers = [
+            await self._load_layer(checkpoint, index, ropes, advance)
+            for index in range(self.config.num_hidden_layers)
+        ]
+        last = f"model.layers.{self.config.num_hidden_layers - 1}.post_feedforward_layernorm.weight"
+        self.final_norms = self._norms(checkpoint, last, "model.norm.weight")
+        self._make_scratch()
+        self.cache_bytes = sum(layer.key_cache.size + layer.value_cache.size for layer in self.layers)
+        self.weight_bytes = sum(
+            part.quants.size + part.scales.size
+            for matrix in (self.embedding, *(m for x in self.layers for m in (x.qkv, x.o, x.gate_up, x.down)))
+            for part in matrix.parts
+        )
+        self.scratch_bytes = self.device.allocated - before - self.weight_bytes - self.cache_bytes
+
+    async def _load_layer(
+        self, checkpoint: Checkpoint, index: int, ropes: dict[bool, Buffer], advance: Advance
+    ) -> Layer:
+        config, prefix = self.config, f"model.layers.{index}"
+        is_global = config.is_global(index)
+        window = self.context_length if is_global else min(config.sliding_window, self.context_length)
+        attention = Attention(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.query_pre_attn_scalar**-0.5,
+            config.rms_norm_eps,
+            window=window,
+            capacity=window,
+        )
+
+        async def matrix(*names: str) -> Matrix:
+            tensors = [checkpoint.tensor(f"{prefix}.{name}.weight") for name in names]
+            return await upload(self.device, tensors, f"{prefix}.{names[0]}", advance)
+
+        def norms(first: str, second: str) -> Buffer:
+            return self._norms(checkpoint, f"{prefix}.{first}.weight", f"{prefix}.{second}.weight")
+
+        previous = f"model.layers.{index - 1}.post_feedforward_layernorm.weight"
+        first = self._norms(checkpoint, previous, f"{prefix}.input_layernorm.weight") if index else None
+        return Layer(
+            qkv=await matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            o=await matrix("self_attn.o_proj"),
+            gate_up=await matrix("mlp.gate_proj", "mlp.up_proj"),
+            down=await matrix("mlp.down_proj"),
+            # The first layer has nothing to add; its own norm fills the place.
+            attention_norms=first or norms("input_layernorm", "input_layernorm"),
+            feedforward_norms=norms("post_attention_layernorm", "pre_feedforward_layernorm"),
+            head_norms=norms("self_attn.q_norm", "self_attn.k_norm"),
+            attention=attention,
+            splits=self._kernels.splits(window) if is_global else 1,
+            rope=ropes[is_global],
+            key_cache=self._cache(attention, f"{prefix}.keys"),
+            value_cache=self._cache(attention, f"{prefix}.values"),
+        )
+
+    def _norms(self, checkpoint: Checkpoint, first: str, second: str) -> Buffer:
+        return self.device.upload(np.concatenate((checkpoint.norm(first), checkpoint.norm(second))), second)
+
+    def _cache(self, shape: Attention, label: str) -> Buffer:
+        size = shape.capacity * shape.kv_heads * shape.head_dim
+        return self.device.buffer(size * (2 if self.half else 4), label)
+
+    def _rope(self, is_global: bool) -> Buffer:
+        """The table that shaders/rope.wgsl describes."""
+        config = self.config
+        theta, factor = config.rope_local_base_freq, 1.0
+        if is_global:
+            theta, factor = config.rope_theta, config.rope_scaling_factor
+        frequencies = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim) / factor
+        high = 256 * np.arange(ceil_div(self.context_length, 256))
+        angles = np.concatenate((np.arange(256), high))[:, None] * frequencies
+        table = np.stack((np.cos(angles), np.sin(angles)), axis=-1).astype(np.float32)
+        return self.device.upload(table, f"rope {theta:.0f}")
+
+    def _make_scratch(self) -> None:
+        config, chunk = self.config, self.prefill_chunk
+        half = 2 if self.half else 4
+        qkv_size = config.query_size + 2 * config.key_value_size
+        vocab = config.vocab_size
+        buffer = self.device.buffer
+        self.state = buffer(16, "state")
+        self.tokens = buffer(4 * (self.context_length + 1), "tokens")
+        # `residuals[0]` holds a chunk's at prefill, and is where decode ends, so that one head serves both.
+        self.residuals = (
+            buffer(4 * chunk * config.hidden_size, "residual 0"),
+            buffer(4 * config.hidden_size, "residual 1"),
+        )
+        self.y = buffer(4 * chunk * config.hidden_size, "y")  # what a block's half adds to the residual
+        self.qkv = buffer(4 * chunk * qkv_size, "qkv")
+        self.gate_up = buffer(4 * chunk * 2 * config.intermediate_size, "gate_up")
+        self.logits = buffer(4 * vocab, "logits")
+        # of decode
+        self.attended = buffer(4 * config.query_size, "attended")
+        splits = max(layer.splits for layer in self.layers)
+        self.shares = buffer(4 * splits * config.query_size, "attention shares")
+        self.share_stats = buffer(8 * splits * config.num_attention_heads, "attention share stats")
+        self.gated = buffer(4 * config.intermediate_size, "gated")
+        # of prefill
+        self.normed = buffer(half * chunk * config.hidden_size, "normed")
+        self.queries = buffer(half * chunk * config.query_size, "queries")
+        self.keys = buffer(half * chunk * config.key_value_size, "keys")
+        self.values = buffer(half * chunk * config.key_value_size, "values")
+        self.chunk_attended = buffer(half * chunk * config.query_size, "chunk attended")
+        self.chunk_gated = buffer(half * chunk * config.intermediate_size, "chunk gated")
+        # of sampling
+        self.sampling = buffer(32, "sampling")
+        self.seen = buffer(4 * ceil_div(vocab, 32), "seen")
+        self.summaries = buffer(16 * ceil_div(vocab, VOCABULARY_PART), "summaries")
+
+    # The forward pass, of one token and of a chunk.
+
+    def _embed(self, residual: Buffer, max_count: int) -> Iterator[Dispatch]:
+        scale = float(self.config.hidden_size**0.5)
+        for part in self.embedding.parts:
+            yield self._kernels.embed(part, self.state, self.tokens, residual, scale=scale, max_count=max_count)
+
+    @cached_property
+    def _decode_program(self) -> Program:
+        """The next token through all layers."""
+        old, new = self.residuals[1], self.residuals[0]
+        dispatches = [*self._embed(old, 1)]
+        for index, layer in enumerate(self.layers):
+            dispatches += self._decode_attention(layer, old, new, add=index > 0)
+            if index > 0:
+                old, new = new, old
+            dispatches += self._decode_feedforward(layer, old, new)
+            old, new = new, old
+        return self.device.record(dispatches)
+
+    def _decode_attention(
+        self, layer: Layer, residual: Buffer, new_residual: Buffer, *, add: bool
+    ) -> Iterator[Dispatch]:
+        k, eps = self._kernels, self.config.rms_norm_eps
+        for part in layer.qkv.parts:
+            yield k.norm_matvec(
+                part, self.state, residual, self.y, layer.attention_norms, new_residual, self.qkv, eps=eps, add=add
+            )
+        out = self.shares if layer.splits > 1 else self.attended
+        yield k.attention_decode(
+            layer.attention,
+            self.state,
+            self.qkv,
+            layer.head_norms,
+            layer.rope,
+            layer.key_cache,
+            layer.value_cache,
+            out,
+            self.share_stats,
+            splits=layer.splits,
+        )
+        if layer.splits > 1:
+            yield k.attention_combine(
+                layer.attention, self.shares, self.share_stats, self.attended, splits=layer.splits
+            )
+        for part in layer.o.parts:
+            yield k.matvec(part, self.attended, self.y)
+
+    def _decode_feedforward(self, layer: Layer, residual: Buffer, new_residual: Buffer) -> Iterator[Dispatch]:
+        k, eps = self._kernels, self.config.rms_norm_eps
+        fused = len(layer.gate_up.parts) == 1
+        for part in layer.gate_up.parts:
+            yield k.norm_matvec(
+                part,
+                self.state,
+                residual,
+                self.y,
+                layer.feedforward_norms,
+                new_residual,
+                self.gated if fused else self.gate_up,
+                eps=eps,
+                add=True,
+                geglu=fused,
+            )
+        if not fused:
+            size = self.config.intermediate_size
+            yield k.geglu(self.state, self.gate_up, self.gated, size=size, scale=1.0, max_count=1, half=False)
+        for part in layer.down.parts:
+            yield k.matvec(part, self.gated, self.y)
+
+    def _prefill_program(self, count: int) -> Program:
+        """A chunk of up to the next power of two of `count` tokens through all layers."""
+        size = min(max(_SMALLEST_CHUNK, 1 << (count - 1).bit_length()), self.prefill_chunk)
+        if size not in self._prefill_programs:
+            dispatches = [*self._embed(self.residuals[0], size)]
+            for index, layer in enumerate(self.layers):
+                dispatches += self._prefill_attention(layer, size, add=index > 0)
+                dispatches += self._prefill_feedforward(layer, size)
+            self._prefill_programs[size] = self.device.record(dispatches)
+        return self._prefill_programs[size]
+
+    def _prefill_norm(self, norms: Buffer, *, add: bool, max_count: int) -> Dispatch:
+        return self._kernels.rms_norm(
+            self.state,
+            self.residuals[0],
+            self.y,
+            norms,
+            self.normed,
+            size=self.config.hidden_size,
+            eps=self.config.rms_norm_eps,
+            add=add,
+            max_count=max_count,
+        )
+
+    def _matmul(
+        self, matrix: Matrix, x: Buffer, y: Buffer, *, scale: float = 1.0, max_count: int
+    ) -> Iterator[Dispatch]:
+        for part in matrix.parts:
+            yield self._kernels.matmul(part, self.state, x, y, stride=matrix.rows, scale=scale, max_count=max_count)
+
+    def _prefill_attention(self, layer: Layer, n: int, *, add: bool) -> Iterator[Dispatch]:
+        k, shape = self._kernels, layer.attention
+        yield self._prefill_norm(layer.attention_norms, add=add, max_count=n)
+        yield from self._matmul(layer.qkv, self.normed, self.qkv, max_count=n)
+        yield k.qk_norm_rope(
+            shape,
+            self.state,
+            self.qkv,
+            layer.head_norms,
+            layer.rope,
+            self.queries,
+            self.keys,
+            self.values,
+            max_count=n,
+        )
+        yield k.attention_prefill(
+            shape,
+            self.state,
+            self.queries,
+            self.keys,
+            self.values,
+            layer.key_cache,
+            layer.value_cache,
+            self.chunk_attended,
+            max_count=n,
+        )
+        # After the attention: until then a local layer's ring holds the window before the chunk.
+        yield k.cache_write(
+            shape, self.state, self.keys, self.values, layer.key_cache, layer.value_cache, max_count=n
+        )
+        yield from self._matmul(layer.o, self.chunk_attended, self.y, max_count=n)
+
+    def _prefill_feedforward(self, layer: Layer, n: int) -> Iterator[Dispatch]:
+        yield self._prefill_norm(layer.feedforward_norms, add=True, max_count=n)
+        yield from self._matmul(layer.gate_up, self.normed, self.gate_up, max_count=n)
+        yield self._kernels.geglu(
+            self.state,
+            self.gate_up,
+            self.chunk_gated,
+            size=self.config.intermediate_size,
+            scale=_GEGLU_SCALE,
+            max_count=n,
+            half=self.half,
+        )
+        yield from self._matmul(layer.down, self.chunk_gated, self.y, scale=1 / _GEGLU_SCALE, max_count=n)
+
+    @cached_property
+    def _head_program(self) -> Program:
+        """The logits of the last token."""
+        old, new = self.residuals
+        return self.device.record(
+            [
+                self._kernels.norm_matvec(
+                    part,
+                    self.state,
+                    old,
+                    self.y,
+                    self.final_norms,
+                    new,
+                    self.logits,
+                    eps=self.config.rms_norm_eps,
+                    add=True,
+                )
+                for part in self.embedding.parts
+            ]
+        )
+
+    @cached_property
+    def _sample_program(self) -> Program:
+        """The next token out of the logits, appended to the sequence."""
+        k, vocab = self._kernels, self.config.vocab_size
+        return self.device.record(
+            [
+                k.logits_scan(self.state, self.sampling, self.seen, self.logits, self.summaries, vocab=vocab),
+                k.sample(self.state, self.sampling, self.logits, self.summaries, self.tokens, self.seen, vocab=vocab),
+            ]
+        )
+
+    @cached_property
+    def _chunk_head(self) -> tuple[int, Buffer, Program]:
+        """(n, logits f32 [n, vocab_size], program): the logits of n tokens of a chunk, from token state.first on."""
+        vocab = self.config.vocab_size
+        n = max(1, min(self.prefill_chunk, _LOGITS_BYTES // (4 * vocab)))
+        logits = self.device.buffer(4 * n * vocab, "chunk logits")
+        norm = self._prefill_norm(self.final_norms, add=True, max_count=n)
+        return n, logits, self.device.record([norm, *self._matmul(self.embedding, self.normed, logits, max_count=n)])
+
+    # What generation and `logits` ask for.
+
+    def begin(self, ids: NDArray[np.uint32], sampling: Sampling) -> int:
+        """Make `ids`, at most `context_length` of them, the sequence. Nothing of it is in the cache yet.
+
+        Returns the new `turn`, which tells whether the sequence is still the same one.
+        """
+        seen = np.zeros(self.seen.size // 4, np.uint32)
+        np.bitwise_or.at(seen, ids // 32, np.uint32(1) << (ids % 32))
+        self.device.write(self.seen, seen)
+        self.device.write(self.sampling, sampling.words())
+        self.device.write(self.tokens, ids)
+        self.turn += 1
+        return self.turn
+
+    async def prefill(self, length: int) -> None:
+        """The first `length` tokens of the sequence through the layers, into the cache, in chunks."""
+        for start in range(0, length, self.prefill_chunk):
+            if start:  # never more than a chunk ahead of the GPU, so that an interrupt is heard
+                await self.device.read(self.state)
+            self.prefill_one(start, min(self.prefill_chunk, length - start))
+
+    def prefill_one(self, position: int, count: int) -> None:
+        """Tokens [position, position + count) of the sequence, at most `prefill_chunk`, through the layers."""
+        self._set_state(position, count)
+        self.device.submit([self._decode_program if count == 1 else self._prefill_program(count)])
+
+    def sample(self) -> None:
+        """Choose a token after those of the last step, append it, and make it the next step's."""
+        self.device.submit([self._head_program, self._sample_program])
+
+    def decode(self) -> None:
+        """The next step's token through the layers, and the one after it chosen."""
+        self.device.submit([self._decode_program, self._head_program, self._sample_program])
+
+    def read_token(self, position: int) -> Awaitable[NDArray[np.uint8]]:
+        """The token at `position` of the sequence, 4 bytes, as it is after what was submitted so far."""
+        return self.device.read(self.tokens, 4 * position, 4)
+
+    async def prompt_logits(self, length: int, first: int) -> NDArray[np.float32]:
+        """Prefill `length` tokens; the logits after those from `first` on, (length - first, vocab_size)."""
+        logits = np.empty((length - first, self.config.vocab_size), np.float32)
+        for start in range(0, length, self.prefill_chunk):
+            count = min(self.prefill_chunk, length - start)
+            self.prefill_one(start, count)
+            skipped = min(max(first - start, 0), count)
+            await self._chunk_logits(start, count, skipped, logits[start + skipped - first :])
+        return logits
+
+    async def _chunk_logits(self, position: int, count: int, first: int, out: NDArray[np.float32]) -> None:
+        """Logits after the tokens [first, count) of the chunk at `position`, into the first rows of `out`."""
+        n, buffer, program = self._chunk_head
+        vocab = self.config.vocab_size
+        for start in range(first, count, n):
+            rows = min(n, count - start)
+            self._set_state(position, rows, start)
+            self.device.submit([program])
+            data = await self.device.read(buffer, 0, 4 * rows * vocab)
+            out[start - first : start - first + rows] = data.view(np.float32).reshape(rows, vocab)
+
+    @property
+    def decode_dispatches(self) -> int:
+        """Dispatches a token, at decode."""
+        programs = self._decode_program, self._head_program, self._sample_program
+        return sum(len(program.dispatches) for program in programs)
+
+    def _set_state(self, position: int, count: int, first: int = 0) -> None:
+        self.device.write(self.state, np.array([position, count, first, 0], np.uint32))

@@ -1,0 +1,54 @@
+"""embed.wgsl: rows of the matrix by token, scaled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.weights.layouts import Layout
+from tests.kernels.bench import F32, UNTOUCHED, Bench, close, random_packed
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: Layout
+    rows: int
+    cols: int
+    tokens: tuple[int, ...]
+    first_row: int = 0
+    scale: float = 25.298221281347036
+    half: bool = False
+
+
+CASES = (
+    *(Case(layout, 37, 768, (0, 36, 5, 17, 5), half=layout % 2 == 0) for layout in Layout),
+    Case(Layout.INT8, 7, 96, (6, 0, 3)),  # three blocks a row: its scales begin in the middle of a word
+    Case(Layout.INT4, 64, 640, (127, 64, 63, 0, 128, 100), first_row=64),
+    Case(Layout.INT4_OFFSET, 100, 1152, (99, 1), scale=33.941125496954285),
+    Case(Layout.INT4_SUPER, 3, 6912, (2, 0)),
+    Case(Layout.INT8, 262144, 32, (262143, 0, 65536, 131071)),
+)
+
+
+async def check(device: Device, case: Case) -> None:
+    rng = np.random.default_rng(case.rows)
+    packed = random_packed(rng, case.layout, case.rows, case.cols)
+    position, count = 3, len(case.tokens)
+    with Bench(device, half=case.half) as bench:
+        state = bench.state(position, count)
+        tokens = bench.put([case.rows] * position + list(case.tokens) + [0], np.uint32)
+        residual = bench.blank(count + 2, case.cols)
+        part = bench.part(packed, case.first_row)
+        bench.run(bench.kernels.embed(part, state, tokens, residual, scale=case.scale, max_count=count + 2))
+        actual = await bench.get(residual, count + 2, case.cols)
+
+    weights = packed.dequantize().astype(np.float64)
+    expected = np.full(actual.shape, UNTOUCHED)
+    for i, token in enumerate(case.tokens):
+        if case.first_row <= token < case.first_row + case.rows:
+            expected[i] = weights[token - case.first_row] * case.scale
+    # An offset as large as the product may cancel it, so errors are relative to a row's largest weight.
+    tolerance = np.where(expected == UNTOUCHED, 0, F32 * np.abs(expected).max(axis=1, keepdims=True))
+    close("residual", actual, expected, tolerance)

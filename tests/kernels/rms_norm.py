@@ -1,0 +1,75 @@
+"""rms_norm.wgsl: the residual stream's norms of a prompt's tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma_wgpu.gpu.device import Device
+from tests.kernels.bench import F16, F16_SMALLEST, F32, UNTOUCHED, Bench, close, normalize, same
+
+
+@dataclass(frozen=True)
+class Case:
+    size: int
+    count: int
+    max_count: int
+    add: bool
+    half: bool
+    first: int = 0
+
+
+CASES = tuple(
+    case
+    for half in (False, True)
+    for case in (
+        Case(640, 3, 5, add=True, half=half),
+        Case(1152, 1, 1, add=False, half=half),
+        Case(1152, 4, 4, add=True, half=half, first=3),
+        Case(32, 7, 8, add=True, half=half),  # fewer vectors than threads
+    )
+)
+
+
+async def check(device: Device, case: Case) -> None:
+    rng = np.random.default_rng(case.size + case.count)
+    eps, rows = 1e-6, case.first + case.max_count
+    shape = rows, case.size
+    residual = rng.standard_normal(shape) * np.where(rng.random(shape) < 0.02, 1e5, 1)
+    residual[case.first] = 0 if not case.add else 1e-5  # eps decides
+    y = rng.standard_normal(shape) * 10.0 ** rng.integers(-4, 4, (rows, 1))
+    norms = rng.uniform(-2, 2, (2, case.size))
+    residual, y, norms = (a.astype(np.float32) for a in (residual, y, norms))
+    with Bench(device, half=case.half) as bench:
+        residual_buffer = bench.put(residual)
+        out_buffer = bench.blank(case.max_count, case.size, dtype=bench.half)
+        bench.run(
+            bench.kernels.rms_norm(
+                bench.state(11, case.count, case.first),
+                residual_buffer,
+                bench.put(y),
+                bench.put(norms),
+                out_buffer,
+                size=case.size,
+                eps=eps,
+                add=case.add,
+                max_count=case.max_count,
+            )
+        )
+        actual_residual = await bench.get(residual_buffer, *shape)
+        actual = await bench.get(out_buffer, case.max_count, case.size, dtype=bench.half)
+
+    expected, error = residual.astype(np.float64), np.zeros(shape)
+    tokens = slice(case.first, case.first + case.count)
+    if case.add:
+        added = normalize(y[tokens].astype(np.float64), norms[0], eps)
+        error[tokens] = F32 * (np.abs(expected[tokens]) + np.abs(added))
+        expected[tokens] += added
+    close("residual", actual_residual, expected, error)
+
+    out = normalize(expected[tokens], norms[1], eps)
+    scale = np.abs(norms[1]) / np.sqrt(np.mean(expected[tokens] ** 2, 1, keepdims=True) + eps)
+    stored = F16 * np.abs(out) + F16_SMALLEST if case.half else 0
+    close("out", actual[: case.count], out, F32 * np.abs(out) + error[tokens] * scale + stored)
+    same("rows outside", actual[case.count :], UNTOUCHED)
