@@ -62,8 +62,10 @@ class PairMerger:
                 continue  # one of the two has been merged with something else since
             ids[start] = merged
             ends[start], ends[middle] = end, 0
-            if end < length and (merge := self._candidate(word, ids, ends, start)):
-                heappush(heap, merge)
+            if end < length:
+                before[end] = start
+                if merge := self._candidate(word, ids, ends, start):
+                    heappush(heap, merge)
             if start and (merge := self._candidate(word, ids, ends, before[start])):
                 heappush(heap, merge)
         out: list[int] = []

@@ -32,14 +32,13 @@ class Stats:
 
     `finish_reason` is "eos" (the model ended its text), "stop" (a stop string), "length" (max_new_tokens),
     "context" (the context is full), "interrupted", or None while it runs. `prefill_seconds` lasts until the first
-    token, `decode_seconds` from there; `host_seconds` is what the CPU spent on handing steps to the GPU.
+    token, `decode_seconds` from there.
     """
 
     prompt_tokens: int
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    host_seconds: float = 0.0
     dispatches_per_token: int = 0
     finish_reason: str | None = None
 
@@ -164,10 +163,8 @@ class Generation:
         for n in range(1, most + 1):
             following = None
             if n < most:
-                before = time.perf_counter()
                 model.decode()
                 following = model.read_token(length + n)
-                stats.host_seconds += time.perf_counter() - before
             token = int((await pending).view(np.uint32)[0])
             now = time.perf_counter()
             if n == 1:

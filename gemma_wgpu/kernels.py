@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gemma_wgpu.gpu.device import Buffer, Constants, Device, Dispatch
+from gemma_wgpu.gpu.device import AdapterInfo, Buffer, Constants, Device, Dispatch
 from gemma_wgpu.weights.upload import Part
 
 VOCABULARY_PART = 1024  # tokens that a workgroup of logits_scan sums up
@@ -36,15 +36,19 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def lanes(adapter: AdapterInfo) -> int:
+    """Threads that share a row of a matrix: they hide memory latency, but on a CPU their barriers cost more."""
+    return 1 if adapter.type == "CPU" else 16
+
+
 class Kernels:
     """The shaders on one device in one precision. `max_count` is the number of tokens that a program is made for."""
 
     def __init__(self, device: Device, *, half: bool) -> None:
         self._device = device
         self._half = half
-        # A team of threads a row hides memory latency; on a CPU adapter its barriers cost more than they save.
         self._on_cpu = device.info.type == "CPU"
-        self.lanes = 1 if self._on_cpu else 16
+        self.lanes = lanes(device.info)
 
     def splits(self, window: int) -> int:
         """Into how many shares decode divides the positions of a layer that sees `window` of them."""

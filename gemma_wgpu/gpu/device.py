@@ -49,6 +49,15 @@ class Limits:
     max_compute_workgroups_per_dimension: int
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A GPU as it presents itself, before it is opened."""
+
+    info: AdapterInfo
+    limits: Limits
+    features: frozenset[str]  # in WebGPU's names: "shader-f16", "subgroups", "timestamp-query"
+
+
 class Buffer(abc.ABC):
     """A span of GPU memory, usable as storage, copy source and copy destination."""
 
@@ -89,10 +98,11 @@ class Device(abc.ABC):
 
     info: AdapterInfo
     limits: Limits
-    features: frozenset[str]  # of the adapter, in WebGPU's names: "shader-f16", "subgroups", "timestamp-query"
+    features: frozenset[str]
     allocated: int  # bytes in buffers that live
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: Adapter) -> None:
+        self.info, self.limits, self.features = adapter.info, adapter.limits, adapter.features
         self.allocated = 0
         self._pipelines: dict[tuple[object, ...], Pipeline] = {}
 

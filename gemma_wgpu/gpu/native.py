@@ -13,6 +13,7 @@ from wgpu.backends.wgpu_native import ffi, lib
 
 from gemma_wgpu.errors import DeviceError
 from gemma_wgpu.gpu.device import (
+    Adapter,
     AdapterInfo,
     Buffer,
     Constants,
@@ -29,6 +30,7 @@ _STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsa
 _READBACK = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
 # WebGPU's name of a feature: wgpu-native's name of it.
 _FEATURES = {"shader-f16": "shader-f16", "subgroups": "subgroup", "timestamp-query": "timestamp-query"}
+_BACKENDS = ("Vulkan", "Metal", "D3D12")  # OpenGL lacks much of what the kernels need
 _NO_ADAPTER = (
     "no GPU adapter found. Install a Vulkan driver (Debian, Ubuntu: apt-get install mesa-vulkan-drivers), "
     "or update the graphics driver of this machine."
@@ -96,11 +98,8 @@ class NativeDevice(Device):
     """A GPU through wgpu-py."""
 
     def __init__(self, adapter: Any) -> None:
-        super().__init__()
+        super().__init__(_described(adapter))
         self.blocking = False
-        self.info = _adapter_info(adapter)
-        self.limits = _limits(adapter)
-        self.features = frozenset(name for name, native in _FEATURES.items() if native in adapter.features)
         with _as_device_error(f"cannot open {self.info}"):
             self._device: Any = adapter.request_device_sync(
                 label="gemma_wgpu",
@@ -222,29 +221,31 @@ def _handle(buffer: Buffer) -> Any:
     return handle
 
 
-def _adapter_info(adapter: Any) -> AdapterInfo:
-    info = adapter.info
-    return AdapterInfo(
-        vendor=info["vendor"],
-        architecture=info["architecture"],
-        device=info["device"],
-        driver=info["description"],
-        backend=info["backend_type"],
-        type=info["adapter_type"],
+def _described(adapter: Any) -> Adapter:
+    info, limits = adapter.info, adapter.limits
+    return Adapter(
+        AdapterInfo(
+            vendor=info["vendor"],
+            architecture=info["architecture"],
+            device=info["device"],
+            driver=info["description"],
+            backend=info["backend_type"],
+            type=info["adapter_type"],
+        ),
+        Limits(**{name: limits[name.replace("_", "-")] for name in Limits.__dataclass_fields__}),
+        frozenset(name for name, native in _FEATURES.items() if native in adapter.features),
     )
 
 
-def _limits(adapter: Any) -> Limits:
-    limits = adapter.limits
-    return Limits(**{name: limits[name.replace("_", "-")] for name in Limits.__dataclass_fields__})
+def native_adapters() -> list[Adapter]:
+    """The adapters of this machine, the one that `open_native` takes first.
 
-
-def native_adapters() -> list[AdapterInfo]:
-    """The adapters of this machine, the one that `open_native` takes first."""
-    chosen = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
-    infos = [_adapter_info(adapter) for adapter in wgpu.gpu.enumerate_adapters_sync()]
-    first = _adapter_info(chosen)
-    return [first, *(info for info in infos if info != first)]
+    Raises DeviceError where there is none.
+    """
+    first = _described(_request())
+    others = [_described(adapter) for adapter in wgpu.gpu.enumerate_adapters_sync()]
+    usable = [other for other in others if other.info != first.info and other.info.backend in _BACKENDS]
+    return [first, *usable]
 
 
 def open_native() -> NativeDevice:
@@ -252,10 +253,14 @@ def open_native() -> NativeDevice:
 
     Raises DeviceError where there is none.
     """
+    return NativeDevice(_request())
+
+
+def _request() -> Any:
     try:
         adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
     except RuntimeError as error:
         raise DeviceError(_NO_ADAPTER) from error
-    if adapter is None:
+    if adapter is None or adapter.info["backend_type"] not in _BACKENDS:
         raise DeviceError(_NO_ADAPTER)
-    return NativeDevice(adapter)
+    return adapter
