@@ -232,7 +232,7 @@ class Kernels:
         self, state: Buffer, sampling: Buffer, seen: Buffer, logits: Buffer, summaries: Buffer, *, vocab: int
     ) -> Dispatch:
         """Penalise and temper the logits, and sum up each part of the vocabulary."""
-        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART}
+        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "WORKGROUP_SIZE": _REDUCE}
         bindings = (state, sampling, seen, logits, summaries)
         return self._dispatch("logits_scan", constants, bindings, ceil_div(vocab, VOCABULARY_PART))
 
@@ -248,7 +248,7 @@ class Kernels:
         vocab: int,
     ) -> Dispatch:
         """Choose the next token, append it and advance the state."""
-        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "WORKGROUP_SIZE": 256}
+        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "WORKGROUP_SIZE": _REDUCE}
         return self._dispatch("sample", constants, (state, sampling, logits, summaries, tokens, seen), 1)
 
     def _teams(self) -> dict[str, int]:

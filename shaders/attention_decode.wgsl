@@ -39,21 +39,7 @@ const LOWEST = -1e30;
 
 var<workgroup> queries: array<vec4<f32>, QUERY_VECTORS>;
 var<workgroup> weights: array<vec4<f32>, WORKGROUP_SIZE>;  // of a tile's positions, a component a head
-var<workgroup> scratch: array<vec4<f32>, WORKGROUP_SIZE>;
-
-fn maximum(thread: u32, value: vec4<f32>) -> vec4<f32> {
-    scratch[thread] = value;
-    workgroupBarrier();
-    for (var half_size = WORKGROUP_SIZE / 2u; half_size > 0u; half_size /= 2u) {
-        if thread < half_size {
-            scratch[thread] = max(scratch[thread], scratch[thread + half_size]);
-        }
-        workgroupBarrier();
-    }
-    let result = scratch[0];
-    workgroupBarrier();
-    return result;
-}
+var<workgroup> normed_keys: array<vec4<f32>, WORKGROUP_SIZE>;
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -66,17 +52,29 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let first = min(split * share, length);
     let last = min(first + share, length);
 
-    for (var head = 0u; head < 4u; head++) {
-        if head < GROUP {
-            let value = qkv[(kv_head * GROUP + head) * WORKGROUP_SIZE + thread];
-            queries[head * WORKGROUP_SIZE + thread] =
-                norm_and_rotate(thread, value, norms[thread], position) * SCALE;
-        } else {
-            queries[head * WORKGROUP_SIZE + thread] = vec4(0.0);
-        }
+    var heads: array<vec4<f32>, 4>;  // this thread's elements; zero where there are fewer heads
+    var squares: vec4<f32>;
+    for (var head = 0u; head < min(GROUP, 4u); head++) {
+        heads[head] = qkv[(kv_head * GROUP + head) * WORKGROUP_SIZE + thread];
+        squares[head] = dot(heads[head], heads[head]);
     }
     let key = qkv[(HEADS + kv_head) * WORKGROUP_SIZE + thread];
-    let turned_key = norm_and_rotate(thread, key, norms[WORKGROUP_SIZE + thread], position);
+    let query_scale = SCALE * inverseSqrt(workgroup_sums(thread, squares) / f32(HEAD_DIM) + EPS);
+    let key_scale = inverseSqrt(workgroup_sum(thread, dot(key, key)) / f32(HEAD_DIM) + EPS);
+    for (var head = 0u; head < 4u; head++) {
+        heads[head] *= query_scale[head] * norms[thread];
+        queries[head * WORKGROUP_SIZE + thread] = heads[head];
+    }
+    let normed_key = key * key_scale * norms[WORKGROUP_SIZE + thread];
+    normed_keys[thread] = normed_key;
+    workgroupBarrier();
+    let turn = turn_to(position, thread);
+    for (var head = 0u; head < 4u; head++) {
+        heads[head] = heads[head] * turn.cos + queries[head * WORKGROUP_SIZE + partner(thread)] * turn.sin;
+    }
+    let turned_key = normed_key * turn.cos + normed_keys[partner(thread)] * turn.sin;
+    workgroupBarrier();
+    for (var head = 0u; head < 4u; head++) { queries[head * WORKGROUP_SIZE + thread] = heads[head]; }
     if first < length && last == length {  // the share with the new position
         let slot = ((position % CAPACITY) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread;
         key_cache[slot] = vec4<half>(turned_key);
@@ -103,7 +101,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 );
             }
         }
-        let higher = max(highest, maximum(thread, scores));
+        let higher = max(highest, workgroup_max(thread, scores));
         let shrink = exp(highest - higher);
         highest = higher;
         let weight = select(vec4(0.0), exp(scores - highest), tile + thread < last);
@@ -119,14 +117,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
     }
 
-    for (var head = 0u; head < GROUP; head++) {
-        let sum = workgroup_sum(thread, total[head]);
+    let sums = workgroup_sums(thread, total);
+    for (var head = 0u; head < min(GROUP, 4u); head++) {
         let row = split * HEADS + kv_head * GROUP + head;
         if SPLITS == 1u {
-            out[row * WORKGROUP_SIZE + thread] = gathered[head] / sum;
+            out[row * WORKGROUP_SIZE + thread] = gathered[head] / sums[head];
         } else {
             out[row * WORKGROUP_SIZE + thread] = gathered[head];
-            if thread == 0u { stats[row] = vec2(highest[head], sum); }
+            if thread == 0u { stats[row] = vec2(highest[head], sums[head]); }
         }
     }
 }

@@ -57,7 +57,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var gathered: array<vec4<f32>, 16>;
     for (var key_tile = first_key; key_tile < end_key; key_tile += WORKGROUP_SIZE) {
         let position = key_tile + thread;
-        var scores: array<f32, 16>;
+        var scores = array<f32, 16>();  // naga would not zero it again each round without the initialiser
         if position < end_key {
             let in_chunk = position >= start;
             let slot = select(position % CAPACITY, position - start, in_chunk) * KV_HEADS + kv_head;

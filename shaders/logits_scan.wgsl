@@ -6,6 +6,7 @@
 // Grid: one workgroup a part of PART tokens.
 override VOCAB: u32;
 override PART: u32;
+override WORKGROUP_SIZE: u32;
 #include "state.wgsl"
 #include "sampling.wgsl"
 
@@ -15,14 +16,12 @@ override PART: u32;
 @group(0) @binding(3) var<storage, read_write> logits: array<f32>;
 @group(0) @binding(4) var<storage, read_write> summaries: array<Summary>;
 
-var<workgroup> scratch: array<Summary, 64>;
-
-@compute @workgroup_size(64)
+@compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let position = state.position + state.count;
     var summary = NOTHING;
     let end = min((group.x + 1u) * PART, VOCAB);
-    for (var token = group.x * PART + thread; token < end; token += 64u) {
+    for (var token = group.x * PART + thread; token < end; token += WORKGROUP_SIZE) {
         var logit = logits[token];
         if (seen[token / 32u] >> (token % 32u) & 1u) == 1u {
             let penalty = sampling.repetition_penalty;
@@ -36,11 +35,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         logits[token] = logit;
         summary = merge(summary, Summary(logit, 1.0, chosen, token));
     }
-    scratch[thread] = summary;
-    workgroupBarrier();
-    for (var size = 32u; size > 0u; size /= 2u) {
-        if thread < size { scratch[thread] = merge(scratch[thread], scratch[thread + size]); }
-        workgroupBarrier();
-    }
-    if thread == 0u { summaries[group.x] = scratch[0]; }
+    summary = workgroup_merge(thread, summary);
+    if thread == 0u { summaries[group.x] = summary; }
 }

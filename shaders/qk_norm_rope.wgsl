@@ -22,6 +22,8 @@ override WORKGROUP_SIZE: u32;
 @group(0) @binding(6) var<storage, read_write> values: array<vec4<half>>;
 #include "rope.wgsl"
 
+var<workgroup> scratch: array<vec4<f32>, WORKGROUP_SIZE>;
+
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let head = group.x;
@@ -35,7 +37,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let is_key = head >= HEADS;
     let weight = norms[select(0u, WORKGROUP_SIZE, is_key) + thread];
-    let turned = norm_and_rotate(thread, value, weight, state.position + token);
+    let mean = workgroup_sum(thread, dot(value, value)) / f32(HEAD_DIM);
+    let normed = value * inverseSqrt(mean + EPS) * weight;
+    scratch[thread] = normed;
+    workgroupBarrier();
+    let turn = turn_to(state.position + token, thread);
+    let turned = normed * turn.cos + scratch[partner(thread)] * turn.sin;
     if is_key {
         keys[(token * KV_HEADS + head - HEADS) * WORKGROUP_SIZE + thread] = vec4<half>(turned);
     } else {

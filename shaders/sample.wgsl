@@ -3,8 +3,8 @@
 // Without filters the token is logits_scan's. With them, only tokens whose logit reaches a threshold are drawn from:
 //     top_k: the k-th highest logit         top_p: the highest t with sum_{l >= t} softmax(l) >= top_p, among the top k
 //     min_p: the highest logit + ln min_p
-// The first two are found bit by bit, each bit by a count over the candidates. Candidates are the tokens within 16 of the
-// highest logit, MINE of them a thread; where these may not hold the threshold, the whole vocabulary is searched.
+// The first two are found bit by bit, each bit by a count over the candidates. Candidates are the tokens within DEPTH of
+// the highest logit, at most MINE a thread; where the threshold may lie lower, the whole vocabulary is searched.
 //
 // state is advanced      logits f32 [VOCAB], as logits_scan.wgsl leaves them      summaries [PARTS]
 // tokens u32 [context + 1]      seen: a bit a token
@@ -24,25 +24,12 @@ override WORKGROUP_SIZE: u32;
 @group(0) @binding(4) var<storage, read_write> tokens: array<u32>;
 @group(0) @binding(5) var<storage, read_write> seen: array<u32>;
 
-const MINE = 16u;
-const DEPTH = 16.0;
+const MINE = 64u;
+const DEPTH = 8.0;
 
-var<workgroup> merge_scratch: array<Summary, WORKGROUP_SIZE>;
 var<private> mine: array<u32, MINE>;
 var<private> mine_count = 0u;
 var<private> search_all = false;
-
-fn workgroup_merge(thread: u32, value: Summary) -> Summary {
-    merge_scratch[thread] = value;
-    workgroupBarrier();
-    for (var size = WORKGROUP_SIZE / 2u; size > 0u; size /= 2u) {
-        if thread < size { merge_scratch[thread] = merge(merge_scratch[thread], merge_scratch[thread + size]); }
-        workgroupBarrier();
-    }
-    let merged = merge_scratch[0];
-    workgroupBarrier();
-    return merged;
-}
 
 fn collect(thread: u32, lowest: f32) {
     for (var part = 0u; part < PARTS; part++) {
@@ -83,34 +70,38 @@ fn amount(thread: u32, lowest: u32, by_mass: bool, highest: f32) -> f32 {
     return workgroup_sum(thread, sum);
 }
 
-// The highest order whose amount reaches `enough`.
-fn threshold(thread: u32, enough: f32, by_mass: bool, highest: f32) -> u32 {
-    var found = 0u;
-    for (var bit = 0x80000000u; bit > 0u; bit >>= 1u) {
-        if amount(thread, found | bit, by_mass, highest) >= enough { found |= bit; }
-    }
-    return found;
-}
-
 fn filtered(thread: u32, all: Summary, position: u32) -> u32 {
-    let top_k = f32(sampling.top_k);
     collect(thread, all.highest - DEPTH);
     let overflow = workgroup_sum(thread, select(0.0, 1.0, mine_count > MINE));
     let count = workgroup_sum(thread, f32(mine_count));
     mine_count = min(mine_count, MINE);
+    var nucleus = sampling.top_p * all.sum;
     let mass = amount(thread, 0u, true, all.highest);
-    search_all = overflow > 0.0
-        || (sampling.top_k > 0u && count < top_k)
-        || (sampling.top_k == 0u && mass < sampling.top_p * all.sum);
+    if sampling.top_k > 0u {
+        search_all = overflow > 0.0 || count < f32(sampling.top_k);
+    } else if sampling.top_p < 1.0 {
+        search_all = overflow > 0.0 || mass < nucleus;
+    } else {
+        search_all = overflow > 0.0 || log(sampling.min_p) < -DEPTH;
+    }
 
+    // First by number, then by mass among those: each time the highest order whose amount is still enough.
     var lowest = 0u;
-    if sampling.top_k > 0u { lowest = threshold(thread, top_k, false, all.highest); }
-    if sampling.top_p < 1.0 {
-        let whole = amount(thread, lowest, true, all.highest);
-        let nucleus = select(whole, all.sum, sampling.top_k == 0u);
-        lowest = max(lowest, threshold(thread, sampling.top_p * nucleus, true, all.highest));
+    for (var by_mass = 0u; by_mass < 2u; by_mass++) {
+        if select(sampling.top_k == 0u, sampling.top_p == 1.0, by_mass == 1u) { continue; }
+        var enough = f32(sampling.top_k);
+        if by_mass == 1u {
+            if sampling.top_k > 0u { nucleus = sampling.top_p * amount(thread, lowest, true, all.highest); }
+            enough = nucleus;
+        }
+        var found = 0u;
+        for (var bit = 0x80000000u; bit > 0u; bit >>= 1u) {
+            if amount(thread, found | bit, by_mass == 1u, all.highest) >= enough { found |= bit; }
+        }
+        lowest = max(lowest, found);
     }
     if sampling.min_p > 0.0 { lowest = max(lowest, order(all.highest + log(sampling.min_p))); }
+
     var best = NOTHING;
     for (var i = 0u; i < candidates(thread); i++) {
         let token = candidate(thread, i);

@@ -1,4 +1,4 @@
-// Included by the kernels that choose the next token. Not a kernel.
+// Included by the kernels that choose the next token. Not a kernel. The including file sets WORKGROUP_SIZE, a multiple of 8.
 struct Sampling {
     temperature: f32,         // 0: the likeliest token
     top_p: f32,               // 1: off
@@ -44,4 +44,22 @@ fn gumbel(seed: u32, position: u32, token: u32) -> f32 {
     let u = min((f32(hash) + 0.5) / 4294967296.0, 1.0 - 1.0 / 16777216.0);
     let exponential = select(-log(1.0 - u), u + 0.5 * u * u, u < 0.001);
     return -log(exponential);
+}
+
+var<workgroup> merge_scratch: array<Summary, WORKGROUP_SIZE>;
+var<workgroup> merge_eighths: array<Summary, 8>;
+
+// Over the workgroup's threads, as workgroup_sums in reduce.wgsl.
+fn workgroup_merge(thread: u32, value: Summary) -> Summary {
+    merge_scratch[thread] = value;
+    workgroupBarrier();
+    if thread < 8u {
+        var eighth = NOTHING;
+        for (var i = thread; i < WORKGROUP_SIZE; i += 8u) { eighth = merge(eighth, merge_scratch[i]); }
+        merge_eighths[thread] = eighth;
+    }
+    workgroupBarrier();
+    var merged = NOTHING;
+    for (var i = 0u; i < 8u; i++) { merged = merge(merged, merge_eighths[i]); }
+    return merged;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import wgpu
@@ -41,7 +42,7 @@ _NO_ADAPTER = (
 def _as_device_error(doing: str) -> Iterator[None]:
     try:
         yield
-    except (wgpu.GPUError, RuntimeError) as error:
+    except (wgpu.GPUError, RuntimeError, ValueError, OverflowError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DeviceError(f"{doing}: {' '.join(line.strip() for line in lines)}") from error
 
@@ -69,10 +70,16 @@ class _NativeProgram(Program):
     def __init__(self, dispatches: Sequence[Dispatch], groups: list[Any]) -> None:
         self.dispatches = tuple(dispatches)
         self._groups = groups
+        self._buffers = {buffer for dispatch in dispatches for buffer in dispatch.bindings}
         self.calls = [
             (d.pipeline.handle._internal, group._internal, *d.workgroups)  # type: ignore[attr-defined]
             for d, group in zip(dispatches, groups, strict=True)
         ]
+
+    def check(self) -> None:
+        """Raise DeviceError where a buffer was freed: wgpu-native would end the process."""
+        for buffer in self._buffers:
+            _handle(buffer)
 
 
 class _Mapped:
@@ -109,12 +116,15 @@ class NativeDevice(Device):
                 },
             )
         self._staging: list[Any] = []
+        self._buffers: WeakSet[_NativeBuffer] = WeakSet()
 
     def _create_buffer(self, size: int, label: str) -> Buffer:
         with _as_device_error(f"no GPU memory for buffer '{label}' of {size:,} bytes"):
             handle = self._device.create_buffer(size=size, usage=_STORAGE, label=label)
         self.allocated += size
-        return _NativeBuffer(self, handle, size, label)
+        buffer = _NativeBuffer(self, handle, size, label)
+        self._buffers.add(buffer)
+        return buffer
 
     def _create_pipeline(self, label: str, source: str, constants: Constants) -> Pipeline:
         with _as_device_error(f"shader '{label}' does not compile on {self.info}"):
@@ -127,6 +137,8 @@ class NativeDevice(Device):
         return _NativePipeline(handle, label)
 
     def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
+        if data.size == 0:  # which wgpu-py refuses
+            return
         with _as_device_error(f"writing buffer '{buffer.label}'"):
             self._device.queue.write_buffer(_handle(buffer), offset, np.ascontiguousarray(data))
 
@@ -143,6 +155,8 @@ class NativeDevice(Device):
         return _NativeProgram(dispatches, groups)
 
     def submit(self, programs: Sequence[Program]) -> None:
+        for program in programs:
+            program.check()  # type: ignore[attr-defined]
         # Raw wgpu-native calls: wgpu-py's own, with their checks, cost 6 to 15 microseconds a dispatch. An error in
         # one of them comes out of finish() or submit(), which are checked.
         set_pipeline = lib.wgpuComputePassEncoderSetPipeline
@@ -197,6 +211,8 @@ class NativeDevice(Device):
     def close(self) -> None:
         self._pipelines.clear()
         self._staging.clear()
+        for buffer in list(self._buffers):
+            buffer.destroy()
         self._device.destroy()
         self.allocated = 0
 

@@ -115,20 +115,16 @@ def random_packed(rng: np.random.Generator, layout: Layout, rows: int, cols: int
             scales[::5] = halves(size // 256, 0.0002, 0.002).view(np.uint16)
         case Layout.INT4_SUPER:
             scales = rng.integers(0, 1 << 32, scales.size, np.uint32) & np.uint32(0x3F3F3F3F)
-            scales[::5] = pack_halves(np.stack((halves(size // 256, 0.001, 0.01), halves(size // 256, 0.01, 0.05)), 1))
+            scales[::5] = pack_halves(
+                np.stack((halves(size // 256, 0.001, 0.01), halves(size // 256, 0.01, 0.05)), 1)
+            )
     return Packed(layout, rows, cols, quants, scales)
 
 
 def product(packed: Packed, x: Floats) -> tuple[Floats, Floats]:
     """x [tokens, K] times the transposed matrix, and the same of the magnitudes: what errors are relative to."""
-    exact = np.empty((len(x), packed.rows))
-    magnitude = np.empty(exact.shape, np.float32)
-    weights = packed.dequantize()
-    for start in range(0, packed.rows, 4096):  # a little of a large matrix at a time, which is faster
-        rows = slice(start, start + 4096)
-        exact[:, rows] = x @ weights[rows].T.astype(np.float64)
-        magnitude[:, rows] = np.abs(x).astype(np.float32) @ np.abs(weights[rows]).T
-    return exact, magnitude.astype(np.float64)
+    weights = packed.dequantize().T
+    return x @ weights.astype(np.float64), np.abs(x) @ np.abs(weights).astype(np.float64)
 
 
 def normalize(x: Floats, weight: Floats | float, eps: float) -> Floats:

@@ -5,22 +5,36 @@ from __future__ import annotations
 from types import ModuleType
 
 from tests.kernels import (
+    attention_combine,
+    attention_decode,
+    attention_prefill,
+    cache_write,
     embed,
     geglu,
+    logits_scan,
     matmul,
     matvec,
     norm_matvec,
+    qk_norm_rope,
     rms_norm,
+    sample,
 )
 
 KERNELS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
+        attention_combine,
+        attention_decode,
+        attention_prefill,
+        cache_write,
         embed,
         geglu,
+        logits_scan,
         matmul,
         matvec,
         norm_matvec,
+        qk_norm_rope,
         rms_norm,
+        sample,
     )
 }

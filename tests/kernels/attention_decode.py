@@ -1,0 +1,100 @@
+"""attention_decode.wgsl: attention of one token over the ring, and its key and value into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma_wgpu.gpu.device import Device
+from tests.kernels.bench import F16, F16_SMALLEST, F32, UNTOUCHED, Bench, close, normalize, same
+from tests.kernels.heads import EPS, POISON, attend, reach, rope_table, rotate, shape_of
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+    splits: int
+    positions: tuple[int, ...]
+    half: bool
+    theta: float = 1e4
+    gain: float = 1.0  # of the queries: large ones make the softmax sharp
+
+
+# Few shapes in float16, since a CPU adapter compiles this shader for seconds.
+CASES = (
+    *(Case(4, 1, 256, 512, 1, (0, 1, 63, 64, 510, 511, 512, 513, 1027, 32767), half=half) for half in (False, True)),
+    Case(4, 1, 256, 700, 4, (0, 1, 3, 4, 511, 512, 699, 700, 2000), half=False, theta=1e6),
+    Case(4, 1, 256, 700, 4, (300, 699, 2000), half=False, gain=30.0),
+    Case(1, 1, 32, 16, 1, (0, 3, 7, 8, 15, 16, 17, 40), half=False),
+    Case(2, 1, 32, 24, 3, (0, 1, 2, 3, 23, 24, 25, 100), half=False),
+    Case(8, 4, 64, 33, 2, (0, 1, 31, 32, 33, 66), half=True),
+    Case(4, 2, 32, 20, 5, (0, 4, 5, 18, 19, 20, 259), half=True),
+)
+
+
+async def check(device: Device, case: Case) -> None:
+    rng = np.random.default_rng(case.capacity)
+    shape = shape_of(case.heads, case.kv_heads, case.head_dim, case.capacity, case.capacity)
+    norms = (rng.uniform(0.5, 1.5, (2, case.head_dim)) * [[case.gain], [1]]).astype(np.float32)
+    cache_shape = case.capacity, case.kv_heads, case.head_dim
+    out_shape = case.splits, case.heads, case.head_dim
+    with Bench(device, half=case.half) as bench:
+        norms_buffer, rope = bench.put(norms), bench.put(rope_table(case.head_dim, case.theta))
+        for position in case.positions:
+            slots = np.arange(max(0, position + 1 - case.capacity), position) % case.capacity
+            caches = np.full((2, *cache_shape), POISON, bench.half)
+            caches[:, slots] = rng.standard_normal((2, len(slots), *cache_shape[1:]))
+            key_cache, value_cache = (bench.put(cache, bench.half) for cache in caches)
+            qkv = rng.standard_normal((case.heads + 2 * case.kv_heads, case.head_dim)).astype(np.float32)
+            out, stats = bench.blank(*out_shape), bench.blank(case.splits, case.heads, 2)
+            bench.run(
+                bench.kernels.attention_decode(
+                    shape,
+                    bench.state(position),
+                    bench.put(qkv),
+                    norms_buffer,
+                    rope,
+                    key_cache,
+                    value_cache,
+                    out,
+                    stats,
+                    splits=case.splits,
+                )
+            )
+            after = [await bench.get(cache, *cache_shape, dtype=bench.half) for cache in (key_cache, value_cache)]
+            actual = await bench.get(out, *out_shape)
+            highest, total = np.moveaxis(await bench.get(stats, case.splits, case.heads, 2), -1, 0)
+
+            q, k, v = np.split(qkv.astype(np.float64)[None], (case.heads, case.heads + case.kv_heads), axis=1)
+            q, k = normalize(q, norms[0], EPS) * shape.scale, normalize(k, norms[1], EPS)
+            at, k_error = np.array([position]), F32 * reach(k)
+            q, k = rotate(q, at, case.theta), rotate(k, at, case.theta)
+            v_error = np.zeros_like(v)
+            if case.half:
+                k_error, v_error = (e + F16 * np.abs(a) + F16_SMALLEST for e, a in ((k_error, k), (v_error, v)))
+            slot = position % case.capacity
+            for name, cache, before, new, error in zip(
+                ("key", "value"), after, caches, (k, v), (k_error, v_error), strict=True
+            ):
+                close(f"new {name} at position {position}", cache[[slot]], new, error)
+                same(f"{name}s outside", np.delete(cache, slot, 0), np.delete(before, slot, 0))
+
+            keys, values = (
+                np.concatenate((cache[slots], new))
+                for cache, new in zip(caches.astype(np.float64), (k, v), strict=True)
+            )
+            errors = np.concatenate((np.zeros((len(slots), *k.shape[1:])), k_error))
+            visible = np.ones((1, len(keys)), np.bool_)
+            exact, tolerance, weights = attend(q, keys, values, visible, errors)
+            tolerance += weights[..., -1:] * np.repeat(v_error, case.heads // case.kv_heads, axis=1)
+            if case.splits == 1:
+                same("stats", highest, UNTOUCHED)
+                merged = actual[0]
+            else:
+                share = np.exp(highest.astype(np.float64) - highest.max(axis=0))
+                merged = np.einsum("sh,shd->hd", share, actual) / np.einsum("sh,sh->h", share, total)[:, None]
+            close(f"out at position {position}", merged, exact[0], tolerance[0])

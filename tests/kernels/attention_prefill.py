@@ -1,0 +1,71 @@
+"""attention_prefill.wgsl: causal attention of a chunk over the ring and itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma_wgpu.gpu.device import Device
+from tests.kernels.bench import F16, F16_SMALLEST, UNTOUCHED, Bench, close, same
+from tests.kernels.heads import POISON, attend, shape_of
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    capacity: int
+    chunks: tuple[tuple[int, int], ...]  # of position and count
+    half: bool
+    gain: float = 1.0  # of the queries: large ones make the softmax sharp
+
+
+CASES = (
+    *(
+        Case(4, 1, 256, 512, 512, ((0, 1), (0, 37), (490, 30), (511, 3), (512, 2), (1000, 39)), half)
+        for half in (False, True)
+    ),
+    *(Case(4, 1, 256, 512, 512, ((600, 7),), half, gain=30.0) for half in (False, True)),
+    Case(4, 1, 256, 1500, 1500, ((0, 5), (1203, 21)), half=True),
+    Case(1, 1, 32, 8, 8, ((0, 1), (0, 40), (5, 17), (100, 33)), half=False),  # chunks longer than the window
+    Case(2, 1, 32, 24, 24, ((0, 9), (23, 9), (47, 100)), half=True),
+    Case(4, 2, 32, 20, 64, ((0, 21), (19, 2), (130, 30)), half=False),  # a window shorter than the ring
+    Case(8, 4, 64, 33, 33, ((32, 1), (33, 65)), half=True, gain=30.0),
+)
+MAX_COUNT = 100
+
+
+async def check(device: Device, case: Case) -> None:
+    rng = np.random.default_rng(case.window)
+    shape = shape_of(case.heads, case.kv_heads, case.head_dim, case.window, case.capacity)
+    with Bench(device, half=case.half) as bench:
+        for position, count in case.chunks:
+            length = position + count
+            k, v = rng.standard_normal((2, length, case.kv_heads, case.head_dim)).astype(bench.half)
+            q = rng.standard_normal((MAX_COUNT, case.heads, case.head_dim)) * shape.scale * case.gain
+            q = q.astype(bench.half)
+            buffers = [bench.put(q, bench.half)]
+            for history in (k, v):
+                chunk = np.full((MAX_COUNT, case.kv_heads, case.head_dim), POISON)
+                chunk[:count] = history[position:]
+                buffers.append(bench.put(chunk, bench.half))
+            for history in (k, v):
+                cache = np.full((case.capacity, case.kv_heads, case.head_dim), POISON)
+                # The first that a query sees: what lies before it, in the ring or not, is not to be read.
+                for j in range(max(0, position + 1 - case.window), position):
+                    cache[j % case.capacity] = history[j]
+                buffers.append(bench.put(cache, bench.half))
+            out = bench.blank(MAX_COUNT, case.heads, case.head_dim, dtype=bench.half)
+            state = bench.state(position, count)
+            bench.run(bench.kernels.attention_prefill(shape, state, *buffers, out, max_count=MAX_COUNT))
+            actual = await bench.get(out, MAX_COUNT, case.heads, case.head_dim, dtype=bench.half)
+
+            query, key = np.arange(position, length)[:, None], np.arange(length)
+            visible = (key <= query) & (key > query - case.window)
+            exact, tolerance, _ = attend(*(a.astype(np.float64) for a in (q[:count], k, v)), visible)
+            stored = F16 * np.abs(exact) + F16_SMALLEST if case.half else 0.0
+            close(f"out from position {position}, {count} tokens", actual[:count], exact, tolerance + stored)
+            same("rows outside", actual[count:], UNTOUCHED)

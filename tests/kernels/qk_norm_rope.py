@@ -1,0 +1,66 @@
+"""qk_norm_rope.wgsl: queries, keys and values of a prompt's tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma_wgpu.gpu.device import Device
+from tests.kernels.bench import F16, F16_SMALLEST, F32, UNTOUCHED, Bench, close, normalize, same
+from tests.kernels.heads import EPS, reach, rope_table, rotate, shape_of
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    theta: float
+    chunks: tuple[tuple[int, int], ...]  # of position and count
+    half: bool
+
+
+CASES = tuple(
+    Case(*case, half)
+    for half in (False, True)
+    for case in (
+        (4, 1, 256, 1e4, ((0, 5), (254, 4), (511, 3), (32766, 2))),
+        (4, 1, 256, 1e6, ((32763, 5),)),
+        (1, 1, 32, 1e4, ((7, 1), (510, 5))),
+        (4, 2, 32, 1e6, ((255, 2), (1023, 3))),
+        (2, 2, 64, 1e4, ((20000, 4),)),
+    )
+)
+MAX_COUNT = 6
+
+
+async def check(device: Device, case: Case) -> None:
+    rng = np.random.default_rng(case.heads * case.head_dim)
+    shape = shape_of(case.heads, case.kv_heads, case.head_dim, 512, 512)
+    all_heads = case.heads + 2 * case.kv_heads
+    qkv = rng.standard_normal((MAX_COUNT, all_heads, case.head_dim)) * 10.0 ** rng.integers(-3, 3, (all_heads, 1))
+    norms = rng.uniform(-2, 2, (2, case.head_dim))
+    qkv, norms = qkv.astype(np.float32), norms.astype(np.float32)
+    results = []
+    with Bench(device, half=case.half) as bench:
+        inputs = bench.put(qkv), bench.put(norms), bench.put(rope_table(case.head_dim, case.theta))
+        sizes = [(MAX_COUNT, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads)]
+        for position, count in case.chunks:
+            outs = [bench.blank(*size, dtype=bench.half) for size in sizes]
+            state = bench.state(position, count)
+            bench.run(bench.kernels.qk_norm_rope(shape, state, *inputs, *outs, max_count=MAX_COUNT))
+            results.append(
+                [await bench.get(out, *size, dtype=bench.half) for out, size in zip(outs, sizes, strict=True)]
+            )
+
+    q, k, v = np.split(qkv.astype(np.float64), (case.heads, case.heads + case.kv_heads), axis=1)
+    q, k = normalize(q, norms[0], EPS) * shape.scale, normalize(k, norms[1], EPS)
+    for (position, count), result in zip(case.chunks, results, strict=True):
+        positions = np.arange(position, position + count)
+        turned = (rotate(q[:count], positions, case.theta), rotate(k[:count], positions, case.theta), v[:count])
+        error = (F32 * reach(q[:count]), F32 * reach(k[:count]), 0.0)
+        for name, actual, expected, float32 in zip(("queries", "keys", "values"), result, turned, error, strict=True):
+            stored = F16 * np.abs(expected) + F16_SMALLEST if case.half else 0.0
+            close(f"{name} from position {position}", actual[:count], expected, float32 + stored)
+            same(f"{name} outside", actual[count:], UNTOUCHED)

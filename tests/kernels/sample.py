@@ -1,0 +1,150 @@
+"""sample.wgsl, after logits_scan.wgsl: the next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.kernels import VOCABULARY_PART
+from gemma_wgpu.sampling import Sampling
+from tests.kernels.bench import Bench, Floats, same
+from tests.kernels.drawing import NOISE, allowed, bits, gumbel, temper
+
+
+@dataclass(frozen=True)
+class Case:
+    """`logits`: how they are spread. `by_seed`: each draw has its own seed at one position, else its own position."""
+
+    vocab: int
+    logits: str
+    draws: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    by_seed: bool = False
+    half: bool = False
+
+
+SMALL, LARGE = 1500, 262144
+CASES = (
+    Case(SMALL, "normal", 2000, temperature=0.7),
+    Case(SMALL, "normal", 2000, by_seed=True),
+    Case(SMALL, "normal", 2000, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+    Case(SMALL, "normal", 2000, top_p=0.8, by_seed=True),
+    Case(SMALL, "normal", 300, top_k=5),
+    Case(SMALL, "normal", 300, min_p=0.3, temperature=1.4),
+    Case(SMALL, "normal", 100, top_p=1e-6),
+    Case(SMALL, "normal", 100, min_p=1.0),
+    Case(SMALL, "normal", 100, top_k=1, top_p=0.9),
+    Case(SMALL, "normal", 30, top_k=SMALL + 1, top_p=0.999),
+    Case(SMALL, "normal", 20, temperature=0.0, top_k=5, repetition_penalty=1.5),
+    Case(SMALL, "peaked", 100, top_k=64, top_p=0.95),
+    Case(SMALL, "peaked", 100, top_k=1000),  # more than lie near the highest
+    Case(SMALL, "equal", 300, top_k=3),  # equal ones stay together
+    Case(SMALL, "steps", 500, top_k=64, top_p=0.5),
+    Case(SMALL, "steps", 20, temperature=0.0),
+    Case(LARGE, "normal", 10, top_k=64, top_p=0.95, half=True),
+    Case(LARGE, "flat", 3, top_p=0.9, half=True),
+    Case(LARGE, "flat", 3, top_k=100_000, top_p=0.7, min_p=0.001, repetition_penalty=1.1, half=True),
+    Case(LARGE, "peaked", 10, top_p=0.95, half=True),
+    Case(LARGE, "peaked", 5, min_p=0.05, half=True),
+    Case(LARGE, "flat", 20, half=True),
+)
+
+
+def _logits(rng: np.random.Generator, case: Case) -> NDArray[np.float32]:
+    spread = rng.standard_normal(case.vocab)
+    match case.logits:
+        case "normal":
+            spread *= 3
+        case "flat":
+            spread *= 0.01
+        case "equal":
+            spread[:] = -7
+        case "steps":
+            spread = np.round(spread)
+        case "peaked":
+            spread[rng.choice(case.vocab, 5, replace=False)] += [60, 59, 58.5, 57, 40]
+    return spread.astype(np.float32)
+
+
+async def check(device: Device, case: Case) -> None:
+    rng = np.random.default_rng(case.vocab + case.draws)
+    logits, seen = _logits(rng, case), rng.random(case.vocab) < 0.1
+    parts = -(-case.vocab // VOCABULARY_PART)
+    options = {name: getattr(case, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    draws = [(i + 1, 41) if case.by_seed else (0x89ABCDEF, i + 2) for i in range(case.draws)]  # seed, position
+    context = 1 + max(position for _, position in draws)
+    chosen = []
+    with Bench(device, half=case.half) as bench:
+        logits_buffer, summaries = bench.blank(case.vocab), bench.blank(parts, 4)
+        state, sampling = bench.state(0), bench.put(np.zeros(6), np.uint32)
+        seen_buffer, tokens = bench.put(bits(seen), np.uint32), bench.put(np.zeros(context), np.uint32)
+        kernels, vocab = bench.kernels, case.vocab
+        program = device.record(
+            (
+                kernels.logits_scan(state, sampling, seen_buffer, logits_buffer, summaries, vocab=vocab),
+                kernels.sample(state, sampling, logits_buffer, summaries, tokens, seen_buffer, vocab=vocab),
+            )
+        )
+        for seed, position in draws:
+            count = 1 + position % 2
+            bench.write(state, np.array([position - count, count, 0], np.uint32))
+            bench.write(sampling, Sampling(**options, seed=seed).words())
+            bench.write(seen_buffer, bits(seen))
+            bench.write(logits_buffer, logits)
+            device.submit([program])
+            chosen.append(int((await device.read(tokens, 4 * position, 4)).view(np.uint32)[0]))
+        after = await bench.get(state, 3, dtype=np.uint32)
+        seen_after = await bench.get(seen_buffer, *bits(seen).shape, dtype=np.uint32)
+        tokens_after = await bench.get(tokens, context, dtype=np.uint32)
+
+    same("state", after, (draws[-1][1], 1, 0))
+    with_token = seen.copy()
+    with_token[chosen[-1]] = True
+    assert np.array_equal(seen_after, bits(with_token)), "seen"
+    expected_tokens = np.zeros(context)
+    for (_, position), token in zip(draws, chosen, strict=True):
+        expected_tokens[position] = token
+    same("tokens", tokens_after, expected_tokens)
+
+    tempered = temper(logits, seen, Sampling(**options, seed=0))
+    if case.temperature == 0:
+        same("the likeliest token, the lowest of equals", np.array(chosen), np.argmax(tempered))
+        return
+    kept = allowed(tempered, Sampling(**options, seed=0))
+    _check_draws(tempered, kept, draws, chosen)
+    if case.draws >= 1000:
+        _check_frequencies(tempered, kept, chosen)
+
+
+def _check_draws(tempered: Floats, kept: NDArray[np.bool_], draws: list[tuple[int, int]], chosen: list[int]) -> None:
+    """Each token is an allowed one, and the one with the highest logit plus noise, as far as float32 can tell."""
+    tempered = np.where(kept, tempered, -np.inf)
+    for (seed, position), token in zip(draws, chosen, strict=True):
+        assert token < len(kept), f"token {token} of {len(kept)}"
+        assert kept[token], f"token {token} is filtered out, seed {seed}, position {position}"
+        noisy = tempered + gumbel(seed, position, len(kept))
+        best = int(np.argmax(noisy))
+        assert noisy[token] >= noisy[best] - NOISE, f"token {token}, not {best}, seed {seed}, position {position}"
+
+
+def _check_frequencies(tempered: Floats, kept: NDArray[np.bool_], chosen: list[int]) -> None:
+    """Pearson's chi-squared test, rare tokens taken together; 5 standard deviations are allowed."""
+    expected = np.where(kept, np.exp(tempered - tempered.max()), 0)
+    expected *= len(chosen) / expected.sum()
+    observed = np.bincount(chosen, minlength=len(kept))
+    common = expected >= 8
+    expected = np.append(expected[common], expected[~common].sum())
+    observed = np.append(observed[common], observed[~common].sum())
+    if expected[-1] == 0:
+        expected, observed = expected[:-1], observed[:-1]
+    statistic, freedom = np.sum((observed - expected) ** 2 / expected), len(expected) - 1
+    assert freedom >= 3, "the distribution has too few common tokens to test"
+    limit = freedom + 5 * np.sqrt(2 * freedom)
+    assert statistic <= limit, f"chi-squared is {statistic:.1f} with {freedom} degrees of freedom"
