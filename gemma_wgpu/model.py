@@ -131,14 +131,18 @@ class Model:
         return self.device.buffer(size * (2 if self.half else 4), label)
 
     def _rope(self, is_global: bool) -> Buffer:
-        """The table that shaders/rope.wgsl describes."""
+        """The table that shaders/rope.wgsl describes.
+
+        The angles are rounded to float32 as they were when the model was trained, and are in other implementations:
+        over some hundred positions, exact ones move the logits by 3e-3.
+        """
         config = self.config
         theta, factor = config.rope_local_base_freq, 1.0
         if is_global:
             theta, factor = config.rope_theta, config.rope_scaling_factor
         frequencies = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim) / factor
-        high = 256 * np.arange(ceil_div(self.context_length, 256))
-        angles = np.concatenate((np.arange(256), high))[:, None] * frequencies
+        positions = np.arange(self.context_length, dtype=np.float32)
+        angles = (positions[:, None] * frequencies.astype(np.float32)).astype(np.float64)
         table = np.stack((np.cos(angles), np.sin(angles)), axis=-1).astype(np.float32)
         return self.device.upload(table, f"rope {theta:.0f}")
 

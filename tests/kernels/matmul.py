@@ -23,16 +23,12 @@ class Case:
     scale: float = 1.0
 
 
-CASES = tuple(
-    case
-    for half in (False, True)
-    for case in (
-        *(Case(layout, 75, 256, (1, 33), 40, half) for layout in Layout),
-        Case(Layout.INT8, 7, 96, (3,), 3, half),  # scales that begin in the middle of a word
-        Case(Layout.INT4, 130, 640, (32, 64, 65), 70, half, first_row=64),
-        Case(Layout.INT4_OFFSET, 64, 1152, (31,), 32, half, scale=4.0),
-        Case(Layout.INT8_SUPER, 66, 6912, (5,), 33, half, first_row=2, scale=16.0),
-    )
+CASES = (
+    *(Case(layout, 75, 256, (1, 33), 40, half) for half in (False, True) for layout in Layout),
+    Case(Layout.INT8, 7, 96, (3,), 3, half=False),  # scales that begin in the middle of a word
+    Case(Layout.INT4, 130, 640, (32, 64, 65), 70, half=True, first_row=64),
+    Case(Layout.INT4_OFFSET, 64, 1152, (31,), 32, half=False, scale=4.0),
+    Case(Layout.INT8_SUPER, 66, 6912, (5,), 33, half=True, first_row=2, scale=16.0),
 )
 
 

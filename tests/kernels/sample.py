@@ -38,13 +38,16 @@ CASES = (
     Case(SMALL, "normal", 2000, top_p=0.8, by_seed=True),
     Case(SMALL, "normal", 300, top_k=5),
     Case(SMALL, "normal", 300, min_p=0.3, temperature=1.4),
+    Case(SMALL, "normal", 200, min_p=1e-5),
     Case(SMALL, "normal", 100, top_p=1e-6),
     Case(SMALL, "normal", 100, min_p=1.0),
     Case(SMALL, "normal", 100, top_k=1, top_p=0.9),
     Case(SMALL, "normal", 30, top_k=SMALL + 1, top_p=0.999),
     Case(SMALL, "normal", 20, temperature=0.0, top_k=5, repetition_penalty=1.5),
     Case(SMALL, "peaked", 100, top_k=64, top_p=0.95),
-    Case(SMALL, "peaked", 100, top_k=1000),  # more than lie near the highest
+    Case(SMALL, "peaked", 100, top_k=1000),
+    Case(SMALL, "cliff", 100, top_k=1000),
+    Case(SMALL, "cliff", 100, top_p=0.95),
     Case(SMALL, "equal", 300, top_k=3),  # equal ones stay together
     Case(SMALL, "steps", 500, top_k=64, top_p=0.5),
     Case(SMALL, "steps", 20, temperature=0.0),
@@ -68,6 +71,9 @@ def _logits(rng: np.random.Generator, case: Case) -> NDArray[np.float32]:
             spread[:] = -7
         case "steps":
             spread = np.round(spread)
+        case "cliff":  # the many far below the highest one have a seventh of the probability
+            spread *= 0.01
+            spread[case.vocab // 2] = 9
         case "peaked":
             spread[rng.choice(case.vocab, 5, replace=False)] += [60, 59, 58.5, 57, 40]
     return spread.astype(np.float32)
