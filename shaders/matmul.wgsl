@@ -44,6 +44,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             x_tile[i / 8u * 9u + i % 8u] = x[(token * blocks + block) * 8u + i % 8u];
         }
         workgroupBarrier();
+        var partial = array<vec4<f32>, 8>();
         for (var i = 0u; i < 8u; i++) {
             let x0 = vec4<f32>(x_tile[line * 9u + i]);
             let x1 = vec4<f32>(x_tile[line * 9u + 9u + i]);
@@ -51,9 +52,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let x3 = vec4<f32>(x_tile[line * 9u + 27u + i]);
             for (var row = 0u; row < 8u; row++) {
                 let w = vec4<f32>(w_tile[(column + row * 8u) * 9u + i]);
-                sums[row] += vec4(dot(w, x0), dot(w, x1), dot(w, x2), dot(w, x3));
+                partial[row] += vec4(dot(w, x0), dot(w, x1), dot(w, x2), dot(w, x3));
             }
         }
+        for (var row = 0u; row < 8u; row++) { sums[row] += partial[row]; }
         workgroupBarrier();
     }
 

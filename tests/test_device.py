@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -281,3 +282,14 @@ def test_a_device_lost_during_a_read_is_an_error(device: NativeDevice) -> None:
 
     with pytest.raises(DeviceError):
         device.wait(lose())
+
+
+def test_closing_ends_a_read_that_is_awaited(device: NativeDevice) -> None:
+    async def close() -> None:
+        read = device.read(device.buffer(16, "row"))
+        device.close()
+        async with asyncio.timeout(30):
+            await read
+
+    with contextlib.suppress(DeviceError):  # the read may have been quicker
+        asyncio.run(close())

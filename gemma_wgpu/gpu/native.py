@@ -92,13 +92,20 @@ class _Mapped:
     def __await__(self) -> Generator[Any, None, NDArray[np.uint8]]:
         with _as_device_error("reading from the GPU"):
             if self._device.blocking:
-                self._promise.sync_wait()
+                self._wait()
             else:
                 yield from self._promise.__await__()
             data = np.frombuffer(self._staging.read_mapped(0, self._size), np.uint8)
             self._staging.unmap()
         self._device.recycle(self._staging)
         return data
+
+    def _wait(self) -> None:
+        # wgpu-py's own sync_wait waits for ever once the device is destroyed.
+        while not self._promise._thread_event.wait(timeout=0.5):
+            if self._device.is_destroyed:
+                raise DeviceError(f"{self._device.info} was lost while it was read from; load the model again")
+        self._promise.sync_wait()
 
 
 class NativeDevice(Device):
@@ -117,6 +124,11 @@ class NativeDevice(Device):
             )
         self._staging: list[Any] = []
         self._buffers: WeakSet[_NativeBuffer] = WeakSet()
+
+    @property
+    def is_destroyed(self) -> bool:
+        """Whether wgpu-py has let go of the device, so that nothing pending will come."""
+        return self._device._poller is None
 
     def _create_buffer(self, size: int, label: str) -> Buffer:
         with _as_device_error(f"no GPU memory for buffer '{label}' of {size:,} bytes"):
@@ -209,11 +221,14 @@ class NativeDevice(Device):
         raise DeviceError("this coroutine awaits something other than the GPU; run it in an event loop")
 
     def close(self) -> None:
+        if not self.is_destroyed:
+            self._device._poll_wait()  # so that no read is left waiting for what will never come
         self._pipelines.clear()
         self._staging.clear()
         for buffer in list(self._buffers):
             buffer.destroy()
-        self._device.destroy()
+        if not self.is_destroyed:
+            self._device.destroy()
         self.allocated = 0
 
 

@@ -43,7 +43,10 @@ async def check(device: Device, case: Case) -> None:
     cache_shape = case.capacity, case.kv_heads, case.head_dim
     out_shape = case.splits, case.heads, case.head_dim
     with Bench(device, half=case.half) as bench:
-        norms_buffer, rope = bench.put(norms), bench.put(rope_table(case.head_dim, case.theta))
+        norms_buffer, rope = (
+            bench.put(norms),
+            bench.put(rope_table(case.head_dim, case.theta, max(case.positions) + 1)),
+        )
         for position in case.positions:
             slots = np.arange(max(0, position + 1 - case.capacity), position) % case.capacity
             caches = np.full((2, *cache_shape), POISON, bench.half)

@@ -22,10 +22,9 @@ def _angles(positions: NDArray[np.int64], head_dim: int, theta: float) -> Floats
     return positions[:, None] * theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
 
 
-def rope_table(head_dim: int, theta: float) -> Floats:
-    """(cos, sin) for the positions 0 to 255, then for the multiples of 256 below 32768."""
-    positions = np.concatenate((np.arange(256), 256 * np.arange(128)))
-    angles = _angles(positions, head_dim, theta)
+def rope_table(head_dim: int, theta: float, length: int) -> Floats:
+    """(cos, sin) for the positions below `length`."""
+    angles = _angles(np.arange(length), head_dim, theta)
     return np.stack((np.cos(angles), np.sin(angles)), axis=-1)
 
 

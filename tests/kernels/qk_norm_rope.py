@@ -44,7 +44,8 @@ async def check(device: Device, case: Case) -> None:
     qkv, norms = qkv.astype(np.float32), norms.astype(np.float32)
     results = []
     with Bench(device, half=case.half) as bench:
-        inputs = bench.put(qkv), bench.put(norms), bench.put(rope_table(case.head_dim, case.theta))
+        length = max(position + count for position, count in case.chunks)
+        inputs = bench.put(qkv), bench.put(norms), bench.put(rope_table(case.head_dim, case.theta, length))
         sizes = [(MAX_COUNT, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads)]
         for position, count in case.chunks:
             outs = [bench.blank(*size, dtype=bench.half) for size in sizes]
