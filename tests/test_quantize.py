@@ -50,7 +50,7 @@ def absmax(weights: Floats, most: int) -> Floats:
     ("layout", "kind", "ratio"),
     [
         (Layout.INT4, GGMLQuantizationType.Q4_0, 0.90),
-        (Layout.INT4_OFFSET, GGMLQuantizationType.Q4_1, 0.79),
+        (Layout.INT4_OFFSET, GGMLQuantizationType.Q4_1, 0.784),
         (Layout.INT8, GGMLQuantizationType.Q8_0, 0.76),
     ],
 )
