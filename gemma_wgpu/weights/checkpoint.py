@@ -2,17 +2,16 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.tokenizer import Tokenizer
+from gemma_wgpu.vocabulary import Vocabulary
 from gemma_wgpu.weights.layouts import Layout, Packed
-
-if TYPE_CHECKING:
-    from gemma_wgpu.tokenizer import Tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -55,8 +54,24 @@ class Checkpoint(ABC):
         """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
 
     @abstractmethod
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model. Raises ModelError when it is missing or damaged."""
+
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary behind it, in our own form. Raises ModelError when it is missing or damaged."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """All the files that the model is made of."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give the memory of what was read back to the system; what was packed stays valid.
+
+        Weights read from a mapped file count as the process's memory until then.
+        """
 
     @abstractmethod
     def close(self) -> None:

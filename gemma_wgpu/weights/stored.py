@@ -45,6 +45,11 @@ class MappedFile:
         """A read-only view of bytes that are known to be there."""
         return np.frombuffer(self.map, np.uint8, nbytes, offset)
 
+    def release(self) -> None:
+        """Let the system take back the memory of pages that were read; touched again, they are read again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the mapping, which ends when the last view of it does."""
         self._map = None
@@ -176,6 +181,16 @@ class StoredCheckpoint(Checkpoint):
         if name not in self._norms:
             raise ModelError(f"{self.path}: Gemma 3 has no norm {name}")
         return self._norms[name].values() + self._norm_bias
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(file.path for file in self._files)
+
+    def release(self) -> None:
+        """Give the memory of what was read back to the system; what was packed stays valid."""
+        for file in self._files:
+            file.release()
 
     def close(self) -> None:
         """Let go of the files. What was packed stays valid; tensors raise ModelError from then on."""
