@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.errors import ModelError
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint, Tensor, matrix_shapes, norm_shapes
 from gemma_wgpu.weights.encodings import Encoding
 from gemma_wgpu.weights.layouts import Layout, Packed, widen
@@ -94,10 +94,8 @@ class StoredTensor(Tensor):
 
     def pack(self, start: int = 0, stop: int | None = None) -> Packed:
         """Rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
+        start, stop = self._checked(start, stop)
         rows, cols = self.shape
-        stop = rows if stop is None else stop
-        if not 0 <= start < stop <= rows:
-            raise RequestError(f"rows {start} to {stop} of {self.name} do not exist; it has {rows}")
         row_bytes = self.nbytes // rows
         data = self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
         return Packed(self.layout, stop - start, cols, *self.encoding.split(data))
