@@ -263,7 +263,7 @@ def _packed(source: Checkpoint, tensor: Entry, start: int, stop: int, pool: Exec
 
 
 def _bytes(words: NDArray[np.uint32]) -> memoryview:
-    return memoryview(words.astype("<u4", copy=False).view(np.uint8))
+    return words.astype("<u4", copy=False).view(np.uint8).data
 
 
 def _write(path: Path, data: bytes) -> File:
