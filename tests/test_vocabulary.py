@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.tokenizer import BPETokenizer
 from gemma_wgpu.vocabulary import Vocabulary
-from tests.vocabulary import Vocabulary as Described
-from tests.vocabulary import random_text, read_vocabulary, rust_ids, rust_tokenizer, tokenizer_json
+from tests.vocabulary import random_text, read_vocabulary, rust_ids, rust_tokenizer, small_tokenizer_json
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +95,6 @@ def test_any_vocabulary(pieces: list[str], seed: int) -> None:
 # A small one of the same making, to damage.
 
 
-def small() -> dict[str, Any]:
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<b>", "▁▁", "▁", "a", "b", "ab", "aba", "ba", "▁a"]
-    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
-    types = np.array([3, 3, 3, 3, 4, 4, *[1] * 7, *[6] * 256], np.int32)
-    scores = -np.arange(len(pieces), dtype=np.float32)
-    return tokenizer_json(Described(pieces, scores, types))
-
-
 def read(folder: Path, content: object) -> Vocabulary:
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(content))
@@ -112,14 +103,14 @@ def read(folder: Path, content: object) -> Vocabulary:
 
 @given(st.text("ab ▁<>", max_size=40))
 def test_small(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    content = small()
+    content = small_tokenizer_json()
     ours = read(tmp_path_factory.getbasetemp(), content).tokenizer("small")
     assert ours.encode(text, bos=False) == rust_ids(tokenizers.Tokenizer.from_str(json.dumps(content)), text)
 
 
 def test_merges_as_one_text(tmp_path: Path) -> None:
     """As older versions of `tokenizers` write them."""
-    content = small()
+    content = small_tokenizer_json()
     expected = read(tmp_path, content)
     content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
     assert np.array_equal(read(tmp_path, content).scores, expected.scores)
@@ -146,7 +137,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("change", FOREIGN)
 def test_foreign_tokenizer_json(change: str, tmp_path: Path) -> None:
-    content = small()
+    content = small_tokenizer_json()
     FOREIGN[change](content)
     with pytest.raises(ModelError, match=r"tokenizer\.json: does not split text as Gemma 3's"):
         read(tmp_path, content)
@@ -163,7 +154,7 @@ DAMAGED: dict[str, Any] = {
 
 @pytest.mark.parametrize("change", DAMAGED)
 def test_damaged_tokenizer_json(change: str, tmp_path: Path) -> None:
-    content = small()
+    content = small_tokenizer_json()
     DAMAGED[change](content)
     with pytest.raises(ModelError, match=r"tokenizer\.json: damaged tokenizer\.json \("):
         read(tmp_path, content)
