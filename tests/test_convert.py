@@ -358,6 +358,17 @@ def test_killed_while_replacing(bf16: Path, tmp_path: Path) -> None:
     assert seen == {True, False, None}
 
 
+def test_the_old_model_comes_back(bf16: Path, tmp_path: Path) -> None:
+    """Of a run that was killed after it moved the old model away, and before the new one had its name."""
+    out = tmp_path / "out"
+    converted(bf16, out).close()
+    before = content(out)
+    out.rename(tmp_path / "out.replaced-by-convert")
+    with pytest.raises(RequestError, match="exists already"):
+        converted(bf16, out, quant="f16")
+    assert content(out) == before
+
+
 class StopError(Exception):
     pass
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import mmap
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from gemma_wgpu.weights.folder import FolderCheckpoint
 from gemma_wgpu.weights.layouts import Layout
 from gemma_wgpu.weights.manifest import Entry, Manifest, plan
 from gemma_wgpu.weights.summary import summarize
-from tests.checkpoints import CONFIG, gguf_metadata, gguf_tensors, same_bits, write_gguf
+from tests.checkpoints import CONFIG, gguf_metadata, gguf_tensors, resident, same_bits, write_gguf
 
 Q = GGMLQuantizationType
 MATRICES = list(matrix_shapes(CONFIG))
@@ -83,6 +82,7 @@ def test_rows_of_one_block(kind: GGMLQuantizationType, tmp_path: Path) -> None:
                         expected = source.tensor(EMBEDDING).pack(start, stop)
                         assert np.array_equal(packed.quants, expected.quants)
                         assert np.array_equal(packed.scales, expected.scales)
+                        assert packed.scales.flags.aligned
 
 
 def test_rows_in_one_shard_are_views(made: Path) -> None:
@@ -121,12 +121,6 @@ def test_what_was_packed_outlives_release_and_close(made: Path, gguf: Path) -> N
     assert np.array_equal(packed.quants, expected)
     with pytest.raises(ModelError, match=r"safetensors: the checkpoint is closed"):
         tensor.pack()
-
-
-def resident(path: Path) -> int:
-    """KiB of a mapped file in this process's memory, as Linux counts them."""
-    maps = re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text())
-    return sum(int(re.search(r"Rss: +(\d+)", entry)[1]) for entry in maps if str(path) in entry)  # type: ignore[index]
 
 
 def test_release_gives_memory_back(made: Path) -> None:
@@ -363,6 +357,7 @@ def test_real_model(demo_gguf: Path, tmp_path: Path) -> None:
     """The 270M repacked: the words that loading the GGUF gives, in shards that static hosts take."""
     with open_checkpoint(demo_gguf) as source:
         convert(source, tmp_path / "out")
+        assert resident(demo_gguf) < 10_000
         with open_checkpoint(tmp_path / "out") as opened:
             assert isinstance(opened, FolderCheckpoint)
             assert opened.quantization == "Q4_K_M"
