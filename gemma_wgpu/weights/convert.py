@@ -178,7 +178,7 @@ class _Record:
         try:
             content = json.loads((partial / _RECORD).read_bytes())
             if content["fingerprint"] == fingerprint:
-                self._hashes = content["shards"]
+                self._hashes = dict(content["shards"])
                 return
         except FileNotFoundError:
             self._check_leftovers()
