@@ -3,7 +3,10 @@
 import hashlib
 import json
 import mmap
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +110,24 @@ def test_wrong_rows_and_names(made: Path) -> None:
             opened.tensor("model.norm.weight")
         with pytest.raises(ModelError, match=r"Gemma 3 has no norm x"):
             opened.norm("x")
+
+
+def test_needs_no_package_but_numpy(made: Path) -> None:
+    """Browsers have no `tokenizers` and no `safetensors`."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['tokenizers', 'safetensors', 'wgpu', 'click', 'tqdm']))\n"
+        "from gemma_wgpu.weights.checkpoint import EMBEDDING, open_checkpoint\n"
+        "opened = open_checkpoint(sys.argv[1])\n"
+        "print(opened.tensor(EMBEDDING).pack().rows, len(opened.vocabulary().pieces))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(made)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert (done.stdout, done.stderr) == ("96 96\n", "")
 
 
 def test_what_was_packed_outlives_release_and_close(made: Path, gguf: Path) -> None:
