@@ -1,7 +1,7 @@
 """The shape of a Gemma 3 text model, read from a Hugging Face config.json or from GGUF metadata."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Self
 
 from gemma_wgpu.errors import ModelError
@@ -99,6 +99,15 @@ class Gemma3Config:
         )
         built._check_heads(keys, "num_attention_heads", "num_key_value_heads", "head_dim")
         return built
+
+    def to_hf(self) -> dict[str, object]:
+        """A config.json that `from_hf` and transformers read."""
+        config: dict[str, object] = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+        config |= asdict(self)
+        config["layer_types"] = list(self.layer_types)
+        factor = config.pop("rope_scaling_factor")
+        config["rope_scaling"] = None if factor == 1 else {"rope_type": "linear", "factor": factor}
+        return config | {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], *, source: str = "GGUF") -> Self:

@@ -18,7 +18,7 @@ BOS = "<bos>"
 _END = ("<eos>", "<end_of_turn>")
 # The tokens that Gemma 3's tokenizer.json marks special. The types in a GGUF file do not tell: there <mask>
 # and <unusedN> are control tokens too, and <start_of_image> is a user-defined one.
-_CONTROL = frozenset(
+CONTROL = frozenset(
     {
         BOS,
         *_END,
@@ -203,9 +203,9 @@ class BPETokenizer(Tokenizer):
             if kind == TokenType.BYTE:
                 self._bytes[token] = _byte_value(piece, source)
                 continue
-            if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED) or piece in _CONTROL:
+            if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED) or piece in CONTROL:
                 added[piece] = token
-            if kind in (TokenType.NORMAL, TokenType.USER_DEFINED) and piece not in _CONTROL:
+            if kind in (TokenType.NORMAL, TokenType.USER_DEFINED) and piece not in CONTROL:
                 ordinary[piece] = token
         token_of = {byte: token for token, byte in self._bytes.items()}
         if len(token_of) != 256 or BOS not in added:
@@ -215,7 +215,7 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = len(pieces)
         self.bos_id = added[BOS]
         self.byte_ids = frozenset(self._bytes)
-        self.control_ids = frozenset(added[piece] for piece in _CONTROL & added.keys())
+        self.control_ids = frozenset(added[piece] for piece in CONTROL & added.keys())
         self.eos_ids = frozenset(added[piece] for piece in _END if piece in added)
 
     def _encode(self, text: str, control: bool) -> list[int]:

@@ -1,6 +1,7 @@
 """Tiny models for tests, written by the `gguf` and `safetensors` packages."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -187,3 +188,9 @@ def same_bits(left: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
     return left.dtype == right.dtype == np.float32 and np.array_equal(
         np.ascontiguousarray(left).view(np.uint32), np.ascontiguousarray(right).view(np.uint32)
     )
+
+
+def resident(path: Path) -> int:
+    """KiB of a mapped file in this process's memory, as Linux counts them."""
+    maps = re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text())
+    return sum(int(re.search(r"Rss: +(\d+)", entry)[1]) for entry in maps if str(path) in entry)  # type: ignore[index]

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -76,6 +77,17 @@ def test_hf_1b() -> None:
     )
     assert [layer for layer in range(26) if config.is_global(layer)] == list(GLOBAL_1B)
     assert (config.query_size, config.key_value_size) == (1024, 256)
+
+
+@pytest.mark.parametrize("config", ["1b", "4b"])
+def test_hf_written_and_read(config: str) -> None:
+    read = Gemma3Config.from_hf({"1b": HF_1B, "4b": HF_4B}[config])
+    written = json.loads(json.dumps(read.to_hf()))
+    assert Gemma3Config.from_hf(written) == read
+    assert written["model_type"] == "gemma3_text"
+    for key, value in {"1b": HF_1B, "4b": HF_4B["text_config"]}[config].items():
+        if key in written and key != "model_type":
+            assert written[key] == value, key
 
 
 def test_hf_4b_is_nested_and_leaves_defaults_out() -> None:

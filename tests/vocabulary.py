@@ -122,6 +122,14 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
+def small_tokenizer_json() -> dict[str, Any]:
+    """One of the same making with a dozen pieces."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<b>", "▁▁", "▁", "a", "b", "ab", "aba", "ba", "▁a"]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
+    types = np.array([CONTROL] * 4 + [USER_DEFINED] * 2 + [1] * 7 + [6] * 256, np.int32)
+    return tokenizer_json(Vocabulary(pieces, -np.arange(len(pieces), dtype=np.float32), types))
+
+
 def golden() -> dict[str, Any]:
     """What was recorded from Gemma 3's own tokenizer.json; see data/record_tokens.py."""
     loaded: dict[str, Any] = json.loads(Path(__file__).with_name("data").joinpath("tokens.json").read_text())

@@ -2,17 +2,16 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.errors import ModelError
+from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.tokenizer import Tokenizer
+from gemma_wgpu.vocabulary import Vocabulary
 from gemma_wgpu.weights.layouts import Layout, Packed
-
-if TYPE_CHECKING:
-    from gemma_wgpu.tokenizer import Tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -31,6 +30,14 @@ class Tensor(ABC):
     @abstractmethod
     def pack(self, start: int = 0, stop: int | None = None) -> Packed:
         """Rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
+
+    def _checked(self, start: int, stop: int | None) -> tuple[int, int]:
+        """Rows as `pack` is asked for them. Raises RequestError outside the matrix."""
+        rows = self.shape[0]
+        stop = rows if stop is None else stop
+        if not 0 <= start < stop <= rows:
+            raise RequestError(f"rows {start} to {stop} of {self.name} do not exist; it has {rows}")
+        return start, stop
 
 
 class Checkpoint(ABC):
@@ -55,8 +62,24 @@ class Checkpoint(ABC):
         """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
 
     @abstractmethod
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model. Raises ModelError when it is missing or damaged."""
+
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary behind it, in our own form. Raises ModelError when it is missing or damaged."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """All the files that the model is made of."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give the memory of what was read back to the system; what was packed stays valid.
+
+        Weights read from a mapped file count as the process's memory until then.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -105,17 +128,19 @@ def norm_shapes(config: Gemma3Config) -> dict[str, tuple[int]]:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a .gguf file, or a Hugging Face folder: config.json, *.safetensors, tokenizer.json.
+    """Open a .gguf file, a model folder, or a Hugging Face folder: config.json, *.safetensors, tokenizer.json.
 
     Raises ModelError, naming the file and the tensor or key, when it is missing, damaged, incomplete or not a
     Gemma 3 that can be run.
     """
-    from gemma_wgpu.weights.gguf import GGUFCheckpoint  # these build on this module
+    from gemma_wgpu.weights.folder import FolderCheckpoint  # these build on this module
+    from gemma_wgpu.weights.gguf import GGUFCheckpoint
+    from gemma_wgpu.weights.manifest import MANIFEST
     from gemma_wgpu.weights.safetensors import SafetensorsCheckpoint
 
     path = Path(path).expanduser()
     if path.is_dir():
-        return SafetensorsCheckpoint(path)
+        return FolderCheckpoint(path) if (path / MANIFEST).exists() else SafetensorsCheckpoint(path)
     if not path.exists():
-        raise ModelError(f"{path}: no such file or folder; give a .gguf file or a Hugging Face model folder")
+        raise ModelError(f"{path}: no such file or folder; give a .gguf file or a model folder")
     return GGUFCheckpoint(path)

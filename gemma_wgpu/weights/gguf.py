@@ -5,17 +5,16 @@ The format is described in ggml's docs/gguf.md. All numbers are little-endian.
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.tokenizer import Tokenizer
+from gemma_wgpu.vocabulary import Vocabulary
 from gemma_wgpu.weights import encodings
 from gemma_wgpu.weights.stored import HEAD, MappedFile, StoredCheckpoint, StoredTensor
-
-if TYPE_CHECKING:
-    from gemma_wgpu.tokenizer import Tokenizer
 
 _MAGIC = b"GGUF"
 _VERSION = 3
@@ -133,10 +132,8 @@ class GGUFCheckpoint(StoredCheckpoint):
             quantization=_FILE_TYPES.get(kind) if isinstance(kind, int) else None,
         )
 
-    def tokenizer(self) -> "Tokenizer":
-        """The SentencePiece vocabulary in the metadata. Raises ModelError if it is damaged or not Gemma's."""
-        from gemma_wgpu.tokenizer import BPETokenizer
-
+    def vocabulary(self) -> Vocabulary:
+        """The SentencePiece vocabulary in the metadata. Raises ModelError when it is missing or damaged."""
         pieces, scores, types = (
             self.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")
         )
@@ -144,7 +141,11 @@ class GGUFCheckpoint(StoredCheckpoint):
             raise ModelError(f"{self.path}: tokenizer.ggml.model is not llama; Gemma 3's vocabulary is of that kind")
         if not isinstance(scores, np.ndarray) or not isinstance(types, np.ndarray):
             raise ModelError(f"{self.path}: tokenizer.ggml.scores or token_type is missing; convert the model again")
-        return BPETokenizer(pieces, scores, types, source=str(self.path))
+        return Vocabulary(pieces, scores, types)
+
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary's tokenizer. Raises ModelError if it is damaged or not Gemma's."""
+        return self.vocabulary().tokenizer(str(self.path))
 
 
 class _Header:

@@ -3,15 +3,14 @@
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.tokenizer import HFTokenizer, Tokenizer
+from gemma_wgpu.vocabulary import Vocabulary
 from gemma_wgpu.weights import encodings
 from gemma_wgpu.weights.stored import HEAD, MappedFile, StoredCheckpoint, StoredTensor
-
-if TYPE_CHECKING:
-    from gemma_wgpu.tokenizer import Tokenizer
 
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
@@ -50,10 +49,17 @@ class SafetensorsCheckpoint(StoredCheckpoint):
         super().__init__(path, path.resolve().name, config, files, stored, file_name=str, norm_bias=1)
         self.quantization = self.quantization.lower()
 
-    def tokenizer(self) -> "Tokenizer":
-        """The folder's tokenizer.json. Raises ModelError when it is missing or damaged."""
-        from gemma_wgpu.tokenizer import HFTokenizer
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weights, config.json and tokenizer.json."""
+        return (*super().files, self.path / _CONFIG, self.path / _TOKENIZER)
 
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary in tokenizer.json. Raises ModelError when it is missing, damaged or not Gemma's."""
+        return Vocabulary.from_tokenizer_json(self.path / _TOKENIZER)
+
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer.json. Raises ModelError when it is missing or damaged."""
         return HFTokenizer(self.path / _TOKENIZER)
 
 

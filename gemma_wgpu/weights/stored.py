@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.errors import ModelError
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint, Tensor, matrix_shapes, norm_shapes
 from gemma_wgpu.weights.encodings import Encoding
 from gemma_wgpu.weights.layouts import Layout, Packed, widen
@@ -44,6 +44,11 @@ class MappedFile:
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """A read-only view of bytes that are known to be there."""
         return np.frombuffer(self.map, np.uint8, nbytes, offset)
+
+    def release(self) -> None:
+        """Let the system take back the memory of pages that were read; touched again, they are read again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Let go of the mapping, which ends when the last view of it does."""
@@ -89,10 +94,8 @@ class StoredTensor(Tensor):
 
     def pack(self, start: int = 0, stop: int | None = None) -> Packed:
         """Rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
+        start, stop = self._checked(start, stop)
         rows, cols = self.shape
-        stop = rows if stop is None else stop
-        if not 0 <= start < stop <= rows:
-            raise RequestError(f"rows {start} to {stop} of {self.name} do not exist; it has {rows}")
         row_bytes = self.nbytes // rows
         data = self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
         return Packed(self.layout, stop - start, cols, *self.encoding.split(data))
@@ -176,6 +179,16 @@ class StoredCheckpoint(Checkpoint):
         if name not in self._norms:
             raise ModelError(f"{self.path}: Gemma 3 has no norm {name}")
         return self._norms[name].values() + self._norm_bias
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(file.path for file in self._files)
+
+    def release(self) -> None:
+        """Give the memory of what was read back to the system; what was packed stays valid."""
+        for file in self._files:
+            file.release()
 
     def close(self) -> None:
         """Let go of the files. What was packed stays valid; tensors raise ModelError from then on."""

@@ -1,0 +1,81 @@
+"""Write a Hugging Face folder of Gemma 3 1B's shape with seeded random bf16 weights: full size, no sense.
+
+For measuring what only size decides: conversion, loading, GPU memory, speed. About 2 GB.
+
+    python benchmarks/make_1b.py FOLDER [--tokenizer TOKENIZER_JSON] [--seed 0]
+"""
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes
+
+CONFIG: dict[str, object] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "sliding_window": 512,
+    "query_pre_attn_scalar": 256,
+}
+_AT_ONCE = 1 << 22
+
+
+def bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounded to nearest, ties to even."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+
+
+def write(folder: Path, seed: int) -> None:
+    """Weights as large as keeps activations in range: of standard deviation 1 / sqrt(cols); norms near zero."""
+    config = Gemma3Config.from_hf(CONFIG)
+    shapes: dict[str, tuple[int, ...]] = {**matrix_shapes(config), **norm_shapes(config)}
+    entries: dict[str, object] = {}
+    at = 0
+    for name, shape in shapes.items():
+        nbytes = 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for shape in shapes.values():
+            left, scale = math.prod(shape), np.float32(shape[-1] ** -0.5 if len(shape) == 2 else 0.1)
+            while left:
+                count = min(left, _AT_ONCE)
+                file.write(bf16(rng.standard_normal(count, np.float32) * scale).data)
+                left -= count
+
+
+def main() -> None:
+    """Read the command line and write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to go with it")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    write(options.folder, options.seed)
+    if options.tokenizer:
+        shutil.copyfile(options.tokenizer, options.folder / "tokenizer.json")
+
+
+if __name__ == "__main__":
+    main()
