@@ -77,7 +77,7 @@ def generate(
 ) -> None:
     """Continue PROMPT; "-" reads it from the standard input."""
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     with _load(model, precision, context_length, quiet) as gemma:
         generation = gemma.chat(prompt, **options) if chat else gemma.generate(prompt, **options)
         if not chat:
