@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -128,11 +128,17 @@ class Gemma:
 
     async def logits_async(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
         """`logits`, for an event loop."""
+        count = len(ids)
+        if last is not None and not 1 <= last <= count:
+            raise RequestError(f"last is {last}; it must be from 1 to the {count} ids that there are")
+        return np.concatenate([rows async for rows in self.logit_rows(ids, first=count - last if last else 0)])
+
+    async def logit_rows(self, ids: Sequence[int], *, first: int = 0) -> AsyncIterator[NDArray[np.float32]]:
+        """`logits` after the ids from `first` on, some rows at a time: all of them can be more than memory holds."""
         checked = self._checked(ids)
-        if last is not None and not 1 <= last <= len(checked):
-            raise RequestError(f"last is {last}; it must be from 1 to the {len(checked)} ids that there are")
         self._model.begin(checked, Sampling(seed=0))
-        return await self._model.prompt_logits(len(checked), len(checked) - last if last else 0)
+        async for rows in self._model.prompt_logits(len(checked), first):
+            yield rows
 
     def close(self) -> None:
         """Free the GPU's memory. Idempotent; other methods raise DeviceError from then on."""
@@ -149,7 +155,7 @@ class Gemma:
     ) -> Generation:
         checked = self._checked(ids)
         if max_new_tokens is None:
-            max_new_tokens = self.context_length
+            max_new_tokens = self.context_length + 1  # the context is full before
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number above 0")
         strings = [stop] if isinstance(stop, str) else list(stop)
@@ -248,6 +254,7 @@ async def _load(
                     progress(arrived, checkpoint.nbytes)
 
             tokenizer = checkpoint.tokenizer()
+            model.allocate()
             await model.load(checkpoint, advance)
             return Gemma(checkpoint.name, checkpoint.quantization, model, tokenizer)
     except BaseException:

@@ -141,8 +141,12 @@ class Generation:
             yield Piece(text, tuple(waiting))
             waiting.clear()
         stats.finish_reason = stats.finish_reason or self._limit
-        text, _ = self._stop.push(stream.flush())
-        if text := text + self._stop.held:
+        text, stopped = self._stop.push(stream.flush())
+        if stopped:
+            stats.finish_reason = "stop"
+        else:
+            text += self._stop.held
+        if text:
             self.text += text
             yield Piece(text, ())
 

@@ -6,7 +6,7 @@ decode reads one and writes the other, since all of its workgroups read what one
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,33 +62,33 @@ class Model:
         self.turn = 0
         self._prefill_programs: dict[int, Program] = {}
 
+    def allocate(self) -> None:
+        """Make the cache and all other buffers that do not depend on the weights."""
+        before = self.device.allocated
+        shapes = [self._attention(layer) for layer in range(self.config.num_hidden_layers)]
+        self.caches = [(self._cache(shape, "key cache"), self._cache(shape, "value cache")) for shape in shapes]
+        self.cache_bytes = self.device.allocated - before
+        self.ropes = {is_global: self._rope(is_global) for is_global in (False, True)}
+        self._make_scratch(max(self._kernels.splits(shape.window) for shape in shapes))
+        self.scratch_bytes = self.device.allocated - before - self.cache_bytes
+
     async def load(self, checkpoint: Checkpoint, advance: Advance) -> None:
-        """Put the weights on the GPU and make the buffers; `advance` is told the bytes as they arrive."""
+        """Put the weights on the GPU; `advance` is told the bytes as they arrive."""
         before = self.device.allocated
         self.embedding = await upload(self.device, [checkpoint.tensor(EMBEDDING)], EMBEDDING, advance)
-        ropes = {is_global: self._rope(is_global) for is_global in (False, True)}
-        self.layers = [
-            await self._load_layer(checkpoint, index, ropes, advance)
-            for index in range(self.config.num_hidden_layers)
-        ]
+        self.layers = []
+        for layer in range(self.config.num_hidden_layers):
+            self.layers.append(await self._load_layer(checkpoint, layer, advance))
+            checkpoint.release()
         last = f"model.layers.{self.config.num_hidden_layers - 1}.post_feedforward_layernorm.weight"
         self.final_norms = self._norms(checkpoint, last, "model.norm.weight")
-        self._make_scratch()
-        self.cache_bytes = sum(layer.key_cache.size + layer.value_cache.size for layer in self.layers)
-        self.weight_bytes = sum(
-            part.quants.size + part.scales.size
-            for matrix in (self.embedding, *(m for x in self.layers for m in (x.qkv, x.o, x.gate_up, x.down)))
-            for part in matrix.parts
-        )
-        self.scratch_bytes = self.device.allocated - before - self.weight_bytes - self.cache_bytes
+        self.weight_bytes = self.device.allocated - before
 
-    async def _load_layer(
-        self, checkpoint: Checkpoint, index: int, ropes: dict[bool, Buffer], advance: Advance
-    ) -> Layer:
-        config, prefix = self.config, f"model.layers.{index}"
-        is_global = config.is_global(index)
-        window = self.context_length if is_global else min(config.sliding_window, self.context_length)
-        attention = Attention(
+    def _attention(self, layer: int) -> Attention:
+        config, window = self.config, self.context_length
+        if not config.is_global(layer):
+            window = min(config.sliding_window, window)
+        return Attention(
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
@@ -97,6 +97,11 @@ class Model:
             window=window,
             capacity=window,
         )
+
+    async def _load_layer(self, checkpoint: Checkpoint, index: int, advance: Advance) -> Layer:
+        prefix = f"model.layers.{index}"
+        attention = self._attention(index)
+        key_cache, value_cache = self.caches[index]
 
         async def matrix(*names: str) -> Matrix:
             tensors = [checkpoint.tensor(f"{prefix}.{name}.weight") for name in names]
@@ -117,10 +122,10 @@ class Model:
             feedforward_norms=norms("post_attention_layernorm", "pre_feedforward_layernorm"),
             head_norms=norms("self_attn.q_norm", "self_attn.k_norm"),
             attention=attention,
-            splits=self._kernels.splits(window) if is_global else 1,
-            rope=ropes[is_global],
-            key_cache=self._cache(attention, f"{prefix}.keys"),
-            value_cache=self._cache(attention, f"{prefix}.values"),
+            splits=self._kernels.splits(attention.window),
+            rope=self.ropes[self.config.is_global(index)],
+            key_cache=key_cache,
+            value_cache=value_cache,
         )
 
     def _norms(self, checkpoint: Checkpoint, first: str, second: str) -> Buffer:
@@ -146,7 +151,7 @@ class Model:
         table = np.stack((np.cos(angles), np.sin(angles)), axis=-1).astype(np.float32)
         return self.device.upload(table, f"rope {theta:.0f}")
 
-    def _make_scratch(self) -> None:
+    def _make_scratch(self, splits: int) -> None:
         config, chunk = self.config, self.prefill_chunk
         half = 2 if self.half else 4
         qkv_size = config.query_size + 2 * config.key_value_size
@@ -165,7 +170,6 @@ class Model:
         self.logits = buffer(4 * vocab, "logits")
         # of decode
         self.attended = buffer(4 * config.query_size, "attended")
-        splits = max(layer.splits for layer in self.layers)
         self.shares = buffer(4 * splits * config.query_size, "attention shares")
         self.share_stats = buffer(8 * splits * config.num_attention_heads, "attention share stats")
         self.gated = buffer(4 * config.intermediate_size, "gated")
@@ -407,26 +411,19 @@ class Model:
         """The token at `position` of the sequence, 4 bytes, as it is after what was submitted so far."""
         return self.device.read(self.tokens, 4 * position, 4)
 
-    async def prompt_logits(self, length: int, first: int) -> NDArray[np.float32]:
-        """Prefill `length` tokens; the logits after those from `first` on, (length - first, vocab_size)."""
-        logits = np.empty((length - first, self.config.vocab_size), np.float32)
-        for start in range(0, length, self.prefill_chunk):
-            count = min(self.prefill_chunk, length - start)
-            self.prefill_one(start, count)
-            skipped = min(max(first - start, 0), count)
-            await self._chunk_logits(start, count, skipped, logits[start + skipped - first :])
-        return logits
-
-    async def _chunk_logits(self, position: int, count: int, first: int, out: NDArray[np.float32]) -> None:
-        """Logits after the tokens [first, count) of the chunk at `position`, into the first rows of `out`."""
+    async def prompt_logits(self, length: int, first: int) -> AsyncIterator[NDArray[np.float32]]:
+        """Prefill `length` tokens; the logits after those from `first` on, some rows (n, vocab_size) at a time."""
         n, buffer, program = self._chunk_head
         vocab = self.config.vocab_size
-        for start in range(first, count, n):
-            rows = min(n, count - start)
-            self._set_state(position, rows, start)
-            self.device.submit([program])
-            data = await self.device.read(buffer, 0, 4 * rows * vocab)
-            out[start - first : start - first + rows] = data.view(np.float32).reshape(rows, vocab)
+        for position in range(0, length, self.prefill_chunk):
+            count = min(self.prefill_chunk, length - position)
+            self.prefill_one(position, count)
+            for start in range(max(first - position, 0), count, n):
+                rows = min(n, count - start)
+                self._set_state(position, rows, start)
+                self.device.submit([program])
+                data = await self.device.read(buffer, 0, 4 * rows * vocab)
+                yield data.view(np.float32).reshape(rows, vocab)
 
     @property
     def decode_dispatches(self) -> int:

@@ -1,0 +1,55 @@
+"""A device that only keeps count, to know what a model would take before it is loaded."""
+
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.errors import DeviceError
+from gemma_wgpu.gpu.device import Adapter, Buffer, Constants, Device, Dispatch, Pipeline, Program
+
+T = TypeVar("T")
+
+
+class _Entry(Buffer):
+    def __init__(self, size: int, label: str) -> None:
+        self.size, self.label = size, label
+
+    def destroy(self) -> None:
+        """Nothing is held."""
+
+
+class Ledger(Device):
+    """Counts buffers in `allocated` and refuses those over the limits of `adapter`, as its device would."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__(adapter)
+
+    def _create_buffer(self, size: int, label: str) -> Buffer:
+        self.allocated += size
+        return _Entry(size, label)
+
+    def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _refuse(self) -> NoReturn:
+        raise DeviceError("this device only counts; it cannot compute")
+
+    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Pipeline:
+        self._refuse()
+
+    def record(self, dispatches: Sequence[Dispatch]) -> Program:
+        self._refuse()
+
+    def submit(self, programs: Sequence[Program]) -> None:
+        self._refuse()
+
+    def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> Awaitable[NDArray[np.uint8]]:
+        self._refuse()
+
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        self._refuse()
