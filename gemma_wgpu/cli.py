@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, TypeVar, get_args
 
 import click
 from tqdm import tqdm
 
 import gemma_wgpu
-from gemma_wgpu.errors import GemmaError
+from gemma_wgpu.errors import DeviceError, GemmaError
+from gemma_wgpu.evaluate import evaluate as evaluate_text
 from gemma_wgpu.gemma import PRECISIONS
 from gemma_wgpu.generate import Generation
+from gemma_wgpu.gpu.native import native_adapters
+from gemma_wgpu.hub import find
 from gemma_wgpu.kernels import lanes
+from gemma_wgpu.model import expected_bytes
+from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.weights.convert import Quant
+from gemma_wgpu.weights.convert import convert as write_folder
+from gemma_wgpu.weights.summary import LayoutUse, summarize
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -95,15 +106,23 @@ def generate(
 
 
 def _load(model: str, precision: str, context_length: int | None, quiet: bool) -> gemma_wgpu.Gemma:
-    with tqdm(
-        desc=f"Loading {model}", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=quiet or None
-    ) as bar:
+    with _bytes_bar(f"Loading {model}", quiet=quiet) as bar:
+        return gemma_wgpu.load(model, precision=precision, context_length=context_length, progress=_moving(bar))
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
 
-        return gemma_wgpu.load(model, precision=precision, context_length=context_length, progress=progress)
+def _bytes_bar(title: str, *, quiet: bool = False) -> tqdm[Any]:
+    """A progress bar in bytes, where the standard error is a terminal."""
+    return tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=quiet or None)
+
+
+def _moving(bar: tqdm[Any]) -> Callable[[int, int], None]:
+    """What moves `bar` when it is told what is done, and of how much."""
+
+    def move(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return move
 
 
 def _report(gemma: gemma_wgpu.Gemma, generation: Generation) -> None:
@@ -118,13 +137,132 @@ def _report(gemma: gemma_wgpu.Gemma, generation: Generation) -> None:
 
 
 @main.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--quant", type=click.Choice(get_args(Quant)), help="Of the matrices.  [default: int4; keep if quantised]"
+)
+@click.option("--embedding", type=click.Choice(["int8", "int4"]), help="Of the embedding.  [default: int8 with int4]")
+@click.option("--shard-size", default="95MB", show_default=True, help="The largest file to write.")
+@click.option("--force", is_flag=True, help="Replace OUT where it is a model folder already.")
+def convert(source: str, out: Path, quant: Quant | None, embedding: Any, shard_size: str, force: bool) -> None:
+    """Write the model SOURCE as the model folder OUT, quantised.
+
+    A model folder holds the very bytes that the GPU reads, in files small enough for static hosting. SOURCE is
+    whatever `generate` takes as --model.
+    """
+    with open_checkpoint(find(source)) as checkpoint, _bytes_bar(f"Converting {source}") as bar:
+        write_folder(
+            checkpoint,
+            out,
+            quant=quant,
+            embedding=embedding,
+            shard_size=_parse_bytes(shard_size),
+            force=force,
+            progress=_moving(bar),
+        )
+
+
+@main.command()
+@click.argument("model")
+@click.option("--context-length", type=int, default=4096, show_default=True, help="For the GPU memory it would take.")
+def inspect(model: str, context_length: int) -> None:
+    """Show what the model MODEL is made of, and what it takes on this machine's GPU."""
+    with open_checkpoint(find(model)) as checkpoint:
+        summary = summarize(checkpoint)
+    config = summary.config
+    local = sum(not config.is_global(layer) for layer in range(config.num_hidden_layers))
+    _table(
+        f"{summary.name}, {summary.quantization}",
+        {
+            "parameters": f"{summary.parameters:,}",
+            "layers": f"{config.num_hidden_layers}, {local} of them with a window of {config.sliding_window}",
+            "sizes": f"hidden {config.hidden_size}, intermediate {config.intermediate_size}, "
+            f"vocabulary {config.vocab_size:,}",
+            "heads": f"{config.num_attention_heads} of {config.head_dim}, "
+            f"{config.num_key_value_heads} for keys and values",
+            "context": f"{config.max_position_embeddings:,} tokens",
+            "embedding": _layout_use(summary.embedding),
+            **{f"{use.tensors} matrices": _layout_use(use) for use in summary.matrices},
+            "in the file": f"{summary.file_bytes:,} bytes",
+            "on the GPU": f"{summary.nbytes:,} bytes, {summary.bits_per_weight:.2f} bits a weight "
+            "outside the embedding",
+        },
+    )
+    adapter = native_adapters()[0]
+    rows: dict[str, str] = {}
+    for precision in ("f16", "f32"):
+        if precision == "f16" and "shader-f16" not in adapter.features:
+            rows[precision] = "this GPU has no shader-f16"
+            continue
+        try:
+            sizes = expected_bytes(adapter, config, half=precision == "f16", context_length=context_length)
+        except DeviceError as error:
+            rows[precision] = f"does not fit: {error}"
+            continue
+        parts = {"weights": summary.nbytes, **sizes}
+        total = sum(parts.values())
+        rows[precision] = f"{total:,} bytes: " + ", ".join(f"{name} {size:,}" for name, size in parts.items())
+    _table(f"On {adapter.info} at a context of {context_length}", rows)
+
+
+def _layout_use(use: LayoutUse) -> str:
+    return f"{use.layout.name}, {use.bits_per_weight:.2f} bits a weight, {use.nbytes:,} bytes"
+
+
+@main.command()
+@click.argument("model")
+@click.option("--text", type=click.File(encoding="utf-8"), required=True, help="The text to predict.")
+@click.option("--against", help="Another model, to measure the distance from.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
+@click.option("--against-precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
+@click.option("--segment", type=int, default=512, show_default=True, help="Tokens that are predicted in one go.")
+@click.option("--max-tokens", type=int, help="Only the beginning of the text.  [default: all]")
+def evaluate(
+    model: str,
+    text: IO[str],
+    against: str | None,
+    precision: str,
+    against_precision: str,
+    segment: int,
+    max_tokens: int | None,
+) -> None:
+    """Perplexity of MODEL on a text, and its distance from another model or precision on the same text."""
+    with ExitStack() as stack:
+        judged = stack.enter_context(_load(model, precision, segment, quiet=False))
+        other = stack.enter_context(_load(against, against_precision, segment, quiet=False)) if against else None
+        with tqdm(desc="Evaluating", unit=" tokens", leave=False, disable=None) as bar:
+            result = evaluate_text(
+                judged, text.read(), against=other, segment=segment, max_tokens=max_tokens, progress=_moving(bar)
+            )
+        rows = {"tokens": f"{result.tokens:,}", "perplexity": f"{result.perplexity:.4f}"}
+        if other:
+            rows["divergence"] = f"{result.divergence:.3g} ± {result.divergence_error:.1g} nats a token"
+            rows["same top token"] = f"{result.agreement:.2%}"
+        _table(repr(judged) + (f" against {other!r}" if other else ""), rows)
+
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def _parse_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise click.BadParameter(f"{text!r} is not a size such as 95MB or 100MiB", param_hint="--shard-size")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _table(title: str, rows: dict[str, str]) -> None:
+    click.secho(title, bold=True)
+    for name, value in rows.items():
+        click.echo(f"   {name:<16} {value or '-'}")
+
+
+@main.command()
 def devices() -> None:
     """Show the GPUs of this machine; the first one is used."""
-    from gemma_wgpu.gpu.native import native_adapters
-
     for number, adapter in enumerate(native_adapters()):
         info, limits = adapter.info, adapter.limits
-        click.secho(f"{number}: {info}", bold=True)
         rows = {
             "type": info.type,
             "vendor": info.vendor,
@@ -136,5 +274,4 @@ def devices() -> None:
             "workgroup": f"{limits.max_compute_invocations_per_workgroup} threads, "
             f"{limits.max_compute_workgroup_storage_size:,} bytes",
         }
-        for name, value in rows.items():
-            click.echo(f"   {name:<16} {value or '-'}")
+        _table(f"{number}: {info}", rows)

@@ -16,10 +16,10 @@ from gemma_wgpu.generate import Generation
 from gemma_wgpu.gpu import open_device
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.hub import find
-from gemma_wgpu.model import Model
+from gemma_wgpu.model import PREFILL_CHUNK, Model
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.tokenizer import Tokenizer
-from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.weights.checkpoint import matrix_shapes, open_checkpoint
 
 PRECISIONS = ("auto", "f16", "f32")
 _CONTEXT_LENGTH = 4096
@@ -131,7 +131,13 @@ class Gemma:
         count = len(ids)
         if last is not None and not 1 <= last <= count:
             raise RequestError(f"last is {last}; it must be from 1 to the {count} ids that there are")
-        return np.concatenate([rows async for rows in self.logit_rows(ids, first=count - last if last else 0)])
+        first = count - last if last else 0
+        logits = np.empty((count - first, self.config.vocab_size), np.float32)
+        done = 0
+        async for rows in self.logit_rows(ids, first=first):
+            logits[done : done + len(rows)] = rows
+            done += len(rows)
+        return logits
 
     async def logit_rows(self, ids: Sequence[int], *, first: int = 0) -> AsyncIterator[NDArray[np.float32]]:
         """`logits` after the ids from `first` on, some rows at a time: all of them can be more than memory holds."""
@@ -184,7 +190,7 @@ def load(
     *,
     precision: str = "auto",
     context_length: int | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int = PREFILL_CHUNK,
     progress: Progress | None = None,
 ) -> Gemma:
     """Load a Gemma 3 onto the GPU.
@@ -216,7 +222,7 @@ async def load_async(
     *,
     precision: str = "auto",
     context_length: int | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int = PREFILL_CHUNK,
     progress: Progress | None = None,
 ) -> Gemma:
     """`load`, for an event loop."""
@@ -245,13 +251,15 @@ async def _load(
                 context_length=context_length,
                 prefill_chunk=min(prefill_chunk, context_length),
             )
+            matrices = [checkpoint.tensor(matrix) for matrix in matrix_shapes(checkpoint.config)]
+            total = sum(4 * (m.layout.quant_words(*m.shape) + m.layout.scale_words(*m.shape)) for m in matrices)
             arrived = 0
 
             def advance(count: int) -> None:
                 nonlocal arrived
                 arrived += count
                 if progress is not None:
-                    progress(arrived, checkpoint.nbytes)
+                    progress(arrived, total)
 
             tokenizer = checkpoint.tokenizer()
             model.allocate()

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.gpu.device import Buffer, Device, Dispatch, Program
+from gemma_wgpu.gpu.device import Adapter, Buffer, Device, Dispatch, Program
+from gemma_wgpu.gpu.ledger import Ledger
 from gemma_wgpu.kernels import VOCABULARY_PART, Attention, Kernels, ceil_div
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint
@@ -22,6 +23,7 @@ from gemma_wgpu.weights.upload import Advance, Matrix, upload
 
 # GeGLU's product can pass the range of float16 before the down projection; this power of two keeps it inside.
 _GEGLU_SCALE = 2.0**-6
+PREFILL_CHUNK = 512
 _SMALLEST_CHUNK = 32
 _LOGITS_BYTES = 64 << 20  # at most, of the buffer that `logits` reads from
 
@@ -433,3 +435,17 @@ class Model:
 
     def _set_state(self, position: int, count: int, first: int = 0) -> None:
         self.device.write(self.state, np.array([position, count, first, 0], np.uint32))
+
+
+def expected_bytes(
+    adapter: Adapter, config: Gemma3Config, *, half: bool, context_length: int, prefill_chunk: int = PREFILL_CHUNK
+) -> dict[str, int]:
+    """Bytes that a model takes on a GPU beside its weights: {"cache": ..., "scratch": ...}.
+
+    Raises DeviceError when a buffer is over the adapter's limits.
+    """
+    ledger = Ledger(adapter)
+    chunk = min(prefill_chunk, context_length)
+    model = Model(ledger, config, half=half, context_length=context_length, prefill_chunk=chunk)
+    model.allocate()
+    return {"cache": model.cache_bytes, "scratch": model.scratch_bytes}

@@ -1,0 +1,102 @@
+"""How well a model predicts a text, and how far it is from another model: the usual ways to judge a quantisation."""
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.errors import RequestError
+from gemma_wgpu.gemma import Gemma
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the `tokens` of a text, each predicted from those before it in its segment.
+
+    - perplexity: e^(mean negative log-likelihood), of the model.
+    - divergence: the Kullback-Leibler divergence of the model from the other one, in nats; None without another.
+    - divergence_error: its standard error.
+    - agreement: how often both hold the same token to be the likeliest, from 0 to 1.
+    """
+
+    tokens: int
+    perplexity: float
+    divergence: float | None = None
+    divergence_error: float | None = None
+    agreement: float | None = None
+
+
+def evaluate(
+    model: Gemma,
+    text: str,
+    *,
+    against: Gemma | None = None,
+    segment: int = 512,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate `model` on `text`, cut into segments of `segment` tokens that begin with BOS each.
+
+    `max_tokens` takes the beginning of the text only. `progress` is called with (tokens done, tokens in all).
+    Raises RequestError when the text is too short, a segment too long, or the models' vocabularies differ.
+    """
+    if against and against.config.vocab_size != model.config.vocab_size:
+        raise RequestError(
+            f"{model.name} and {against.name} have vocabularies of {model.config.vocab_size} and "
+            f"{against.config.vocab_size}; only models of one vocabulary can be compared"
+        )
+    if not 2 <= segment <= min(m.context_length for m in (model, against) if m):
+        raise RequestError(f"segment is {segment}; it must be from 2 to the context_length of each model")
+    ids = model.tokenizer.encode(text, bos=False, control=False)[:max_tokens]
+    if not ids:
+        raise RequestError("the text to evaluate is empty")
+    starts = range(0, len(ids), segment - 1)
+    losses: list[NDArray[np.float64]] = []
+    divergences: list[NDArray[np.float64]] = []
+    agreements: list[NDArray[np.bool_]] = []
+    for start in starts:
+        targets = np.array(ids[start : start + segment - 1])
+        inputs = [model.tokenizer.bos_id, *targets[:-1].tolist()]
+        done = 0
+        others = _rows(against, inputs) if against else iter(())
+        for rows in _rows(model, inputs):
+            logs = _log_softmax(rows)
+            losses.append(-logs[np.arange(len(rows)), targets[done : done + len(rows)]].astype(np.float64))
+            if against:
+                expected = _log_softmax(next(others))
+                divergences.append(np.einsum("tv,tv->t", np.exp(expected), expected - logs, dtype=np.float64))
+                agreements.append(expected.argmax(axis=1) == logs.argmax(axis=1))
+            done += len(rows)
+            if progress:
+                progress(start + done, len(ids))
+    perplexity = float(np.exp(np.concatenate(losses).mean()))
+    if not against:
+        return Evaluation(len(ids), perplexity)
+    divergence = np.concatenate(divergences)
+    return Evaluation(
+        len(ids),
+        perplexity,
+        float(divergence.mean()),
+        float(divergence.std() / np.sqrt(len(ids))),
+        float(np.concatenate(agreements).mean()),
+    )
+
+
+def _rows(model: Gemma, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    """The logits after each of `ids`, some rows at a time."""
+    rows = model.logit_rows(ids)
+    while (block := model.device.wait(_next(rows))) is not None:
+        yield block
+
+
+async def _next(rows: AsyncIterator[NDArray[np.float32]]) -> NDArray[np.float32] | None:
+    return await anext(rows, None)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    logs: NDArray[np.float32] = logits - logits.max(axis=1, keepdims=True)
+    logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return logs
