@@ -17,7 +17,10 @@ from gemma_wgpu.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text, and the ids of the tokens that completed it. The text is empty while a character is not whole."""
+    """The text that a token completed, and its id; no id where the last text that was held back comes out.
+
+    The text is empty while a character, or what may be a stop string, is not whole.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -122,7 +125,7 @@ class Generation:
         return await anext(self._pieces)
 
     async def _run(self) -> AsyncIterator[Piece]:
-        stats, waiting = self.stats, list[int]()
+        stats = self.stats
         stream = self._tokenizer.stream(control=False)
         async for token in self._tokens():
             stats.new_tokens += 1
@@ -130,16 +133,13 @@ class Generation:
                 stats.finish_reason = "eos"
                 break
             self.ids.append(token)
-            waiting.append(token)
             text, stopped = self._stop.push(stream.push(token))
+            self.text += text
             if stopped:
                 stats.finish_reason = "stop"
-                self.text += text
-                yield Piece(text, tuple(waiting))
+            yield Piece(text, (token,))
+            if stopped:
                 return
-            self.text += text
-            yield Piece(text, tuple(waiting))
-            waiting.clear()
         stats.finish_reason = stats.finish_reason or self._limit
         text, stopped = self._stop.push(stream.flush())
         if stopped:
