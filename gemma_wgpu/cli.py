@@ -21,6 +21,7 @@ from gemma_wgpu.gpu.native import native_adapters
 from gemma_wgpu.hub import find
 from gemma_wgpu.kernels import lanes
 from gemma_wgpu.model import expected_bytes
+from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import Quant
 from gemma_wgpu.weights.convert import convert as write_folder
@@ -89,9 +90,10 @@ def generate(
     prompt: str, model: str, precision: str, context_length: int | None, chat: bool, quiet: bool, **options: Any
 ) -> None:
     """Continue PROMPT; "-" reads it from the standard input."""
+    Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # what is amiss, before a long load
     if prompt == "-":
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().removesuffix("\n")
     with _load(model, precision, context_length, quiet) as gemma:
         generation = gemma.chat(prompt, **options) if chat else gemma.generate(prompt, **options)
         if not chat:
@@ -133,7 +135,8 @@ def _report(gemma: gemma_wgpu.Gemma, generation: Generation) -> None:
     click.secho(
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ones at "
         f"{stats.decode_tokens_per_second:.1f} a second ({stats.finish_reason}; seed {generation.sampling.seed}). "
-        f"{gemma.name} {gemma.quantization}, {gemma.precision}, {gemma.device.info}",
+        f"{gemma.name} {gemma.quantization}, {gemma.precision}, {sum(gemma.gpu_bytes.values()) / 1e6:,.0f} MB on "
+        f"{gemma.device.info}",
         err=True,
         dim=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -38,6 +38,7 @@ class Gemma:
         self.quantization = quantization
         self.tokenizer = tokenizer
         self._model = model
+        self._closed = False
 
     @property
     def config(self) -> Gemma3Config:
@@ -128,7 +129,7 @@ class Gemma:
 
     async def logits_async(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
         """`logits`, for an event loop."""
-        count = len(ids)
+        count = len(self._checked(ids))
         if last is not None and not 1 <= last <= count:
             raise RequestError(f"last is {last}; it must be from 1 to the {count} ids that there are")
         first = count - last if last else 0
@@ -148,6 +149,7 @@ class Gemma:
 
     def close(self) -> None:
         """Free the GPU's memory. Idempotent; other methods raise DeviceError from then on."""
+        self._closed = True
         self._model.device.close()
 
     def __enter__(self) -> Self:
@@ -164,12 +166,16 @@ class Gemma:
             max_new_tokens = self.context_length + 1  # the context is full before
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number above 0")
-        strings = [stop] if isinstance(stop, str) else list(stop)
+        strings = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
         if not all(isinstance(string, str) and string for string in strings):
             raise RequestError(f"stop is {stop!r}; it must be a text or a list of texts, none of them empty")
         return Generation(self._model, self.tokenizer, checked, sampling, max_new_tokens, strings)
 
     def _checked(self, ids: Sequence[int]) -> NDArray[np.uint32]:
+        if self._closed:
+            raise DeviceError("this model was closed; load it again")
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise RequestError(f"a prompt is a text or a list of token ids, not {type(ids).__name__}")
         vocab = self.config.vocab_size
         checked = [self.tokenizer.checked(token) for token in ids]
         if checked and max(checked) >= vocab:

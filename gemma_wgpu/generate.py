@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.errors import DeviceError, RequestError
+from gemma_wgpu.errors import DeviceError
 from gemma_wgpu.model import Model
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class Stats:
 
     `finish_reason` is "eos" (the model ended its text), "stop" (a stop string), "length" (max_new_tokens),
     "context" (the context is full), "interrupted", or None while it runs. `prefill_seconds` lasts until the first
-    token, `decode_seconds` from there.
+    token, `decode_seconds` from there. `new_tokens` counts the token that ended the text.
     """
 
     prompt_tokens: int
@@ -177,7 +177,6 @@ class Generation:
             if token >= model.config.vocab_size:
                 raise DeviceError(f"{model.device.info} computed logits that are no numbers; try precision='f32'")
             yield token
-            if model.turn != turn:
-                raise RequestError("this generation ended when the model was given something else to do")
+            model.check(turn)
             if following is not None:
                 pending = following

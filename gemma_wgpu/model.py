@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.gpu.device import Adapter, Buffer, Device, Dispatch, Program
 from gemma_wgpu.gpu.ledger import Ledger
 from gemma_wgpu.kernels import VOCABULARY_PART, Attention, Kernels, ceil_div
@@ -49,12 +50,18 @@ class Layer:
 class Model:
     """The weights, cache, sequence and programs of one Gemma 3 on one device.
 
-    The sequence is `position` tokens long in the cache. `half` is F16 mode. All sizes are in tokens.
+    `half` is F16 mode; `context_length` and `prefill_chunk` are in tokens. Raises ModelError for a shape that the
+    kernels cannot run.
     """
 
     def __init__(
         self, device: Device, config: Gemma3Config, *, half: bool, context_length: int, prefill_chunk: int
     ) -> None:
+        if config.num_attention_heads > 4 * config.num_key_value_heads or config.head_dim % 32:
+            raise ModelError(
+                f"{config.num_attention_heads} query heads on {config.num_key_value_heads} key/value heads of "
+                f"{config.head_dim}: at most 4 on each, of a multiple of 32, can be run"
+            )
         self.device = device
         self.config = config
         self.half = half
@@ -389,11 +396,18 @@ class Model:
         self.turn += 1
         return self.turn
 
+    def check(self, turn: int) -> None:
+        """Raise RequestError unless the sequence is still that of `turn`."""
+        if self.turn != turn:
+            raise RequestError("this generation ended when the model was given something else to do")
+
     async def prefill(self, length: int) -> None:
         """The first `length` tokens of the sequence through the layers, into the cache, in chunks."""
+        turn = self.turn
         for start in range(0, length, self.prefill_chunk):
             if start:  # never more than a chunk ahead of the GPU, so that an interrupt is heard
                 await self.device.read(self.state)
+                self.check(turn)
             self.prefill_one(start, min(self.prefill_chunk, length - start))
 
     def prefill_one(self, position: int, count: int) -> None:
@@ -417,11 +431,14 @@ class Model:
         """Prefill `length` tokens; the logits after those from `first` on, some rows (n, vocab_size) at a time."""
         n, buffer, program = self._chunk_head
         vocab = self.config.vocab_size
+        turn = self.turn
         for position in range(0, length, self.prefill_chunk):
             count = min(self.prefill_chunk, length - position)
+            self.check(turn)
             self.prefill_one(position, count)
             for start in range(max(first - position, 0), count, n):
                 rows = min(n, count - start)
+                self.check(turn)
                 self._set_state(position, rows, start)
                 self.device.submit([program])
                 data = await self.device.read(buffer, 0, 4 * rows * vocab)

