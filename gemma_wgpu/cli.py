@@ -62,7 +62,7 @@ def _model_options(command: F) -> F:
             "--model",
             default="demo",
             show_default=True,
-            help="A .gguf file, a Hugging Face model folder or id, or 'demo'.",
+            help="A .gguf file, a model folder, its URL, a Hugging Face id, or 'demo'.",
         ),
     ):
         command = option(command)
@@ -157,7 +157,7 @@ def convert(source: str, out: Path, quant: Quant | None, embedding: Any, shard_s
     A model folder holds the very bytes that the GPU reads, in files small enough for static hosting. SOURCE is
     whatever `generate` takes as --model.
     """
-    with open_checkpoint(find(source)) as checkpoint, _bytes_bar(f"Converting {source}") as bar:
+    with _bytes_bar(f"Converting {source}") as bar, open_checkpoint(find(source, _moving(bar))) as checkpoint:
         write_folder(
             checkpoint,
             out,
@@ -174,7 +174,7 @@ def convert(source: str, out: Path, quant: Quant | None, embedding: Any, shard_s
 @click.option("--context-length", type=int, default=4096, show_default=True, help="For the GPU memory it would take.")
 def inspect(model: str, context_length: int) -> None:
     """Show what the model MODEL is made of, and what it takes on this machine's GPU."""
-    with open_checkpoint(find(model)) as checkpoint:
+    with _bytes_bar(f"Loading {model}") as bar, open_checkpoint(find(model, _moving(bar))) as checkpoint:
         summary = summarize(checkpoint)
     config = summary.config
     local = sum(not config.is_global(layer) for layer in range(config.num_hidden_layers))

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from gemma_wgpu import download as module
 from gemma_wgpu.download import cache_folder
@@ -526,7 +529,10 @@ def test_a_process_that_ended_before_the_manifest_was_written(host: Host) -> Non
     folder = find(host.url)
     (folder / "manifest.json").unlink()
     host.asked()
-    assert find(host.url) == folder
+    total = sum((folder / name).stat().st_size for name in FILES)
+    seen: list[tuple[int, int]] = []
+    assert find(host.url, lambda *progress: seen.append(progress)) == folder
+    assert seen == [(total, total)]
     check(folder, host.folder)
     assert host.asked() == [("manifest.json", None)]
 
@@ -795,3 +801,15 @@ def test_hugging_face_cannot_be_reached(tmp_path: Path) -> None:
         error = found(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path, "some/one")["some/one"]
     assert error.startswith("ModelError: some/one: no such file or folder, and it cannot be downloaded: ")
     assert "\n" not in error
+
+
+def test_a_connection_to_hugging_face_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not mean that there is no such file."""
+
+    def download(*_: object) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    files = SimpleNamespace(siblings=[SimpleNamespace(rfilename="x.gguf")])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: files)
+    fails("some/one/x.gguf", "^some/one/x.gguf: no such file or folder, and it cannot be downloaded: no connection$")

@@ -99,6 +99,7 @@ def test_a_name_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     def download(name: str, *, allow_patterns: list[str]) -> str:
         asked[name] = allow_patterns
+        (tmp_path / "model.safetensors").touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
