@@ -41,7 +41,8 @@ def evaluate(
     """Evaluate `model` on `text`, cut into segments of `segment` tokens that begin with BOS each.
 
     `max_tokens` takes the beginning of the text only. `progress` is called with (tokens done, tokens in all).
-    Raises RequestError when the text is too short, a segment too long, or the models' vocabularies differ.
+    Raises RequestError when the text is empty, a segment too long, `max_tokens` below 1, or the models' vocabularies
+    differ.
     """
     if against and against.config.vocab_size != model.config.vocab_size:
         raise RequestError(
@@ -50,6 +51,8 @@ def evaluate(
         )
     if not 2 <= segment <= min(m.context_length for m in (model, against) if m):
         raise RequestError(f"segment is {segment}; it must be from 2 to the context_length of each model")
+    if max_tokens is not None and max_tokens < 1:
+        raise RequestError(f"max_tokens is {max_tokens}; it must be above 0")
     ids = model.tokenizer.encode(text, bos=False, control=False)[:max_tokens]
     if not ids:
         raise RequestError("the text to evaluate is empty")

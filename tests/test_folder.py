@@ -206,7 +206,7 @@ def test_a_flipped_byte(number: int, at: int, folder: Path) -> None:
     shard = shards(folder)[number]
     flip(shard, at)
     assert refused(folder, shard.name) == (
-        "its SHA-256 is not the one in manifest.json: the file is damaged, download it again"
+        "its SHA-256 is not the one in manifest.json: the file is damaged, delete it and download it again"
     )
 
 
