@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import click
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from tqdm import tqdm
 import gemma_wgpu
 from gemma_wgpu.errors import DeviceError, GemmaError
 from gemma_wgpu.evaluate import evaluate as evaluate_text
-from gemma_wgpu.gemma import PRECISIONS
+from gemma_wgpu.gemma import PRECISIONS, checked_context_length
 from gemma_wgpu.generate import Generation
 from gemma_wgpu.gpu.native import native_adapters
 from gemma_wgpu.hub import find
@@ -171,12 +171,13 @@ def convert(source: str, out: Path, quant: Quant | None, embedding: Any, shard_s
 
 @main.command()
 @click.argument("model")
-@click.option("--context-length", type=int, default=4096, show_default=True, help="For the GPU memory it would take.")
-def inspect(model: str, context_length: int) -> None:
+@click.option("--context-length", type=int, help="For the GPU memory that it would take.  [default: 4096]")
+def inspect(model: str, context_length: int | None) -> None:
     """Show what the model MODEL is made of, and what it takes on this machine's GPU."""
     with _bytes_bar(f"Loading {model}") as bar, open_checkpoint(find(model, _moving(bar))) as checkpoint:
         summary = summarize(checkpoint)
     config = summary.config
+    context_length = checked_context_length(context_length, config)
     local = sum(not config.is_global(layer) for layer in range(config.num_hidden_layers))
     _table(
         f"{summary.name}, {summary.quantization}",
@@ -218,7 +219,9 @@ def _layout_use(use: LayoutUse) -> str:
 
 @main.command()
 @click.argument("model")
-@click.option("--text", type=click.File(encoding="utf-8"), required=True, help="The text to predict.")
+@click.option(
+    "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="The text to predict."
+)
 @click.option("--against", help="Another model, to measure the distance from.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
 @click.option("--against-precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
@@ -226,7 +229,7 @@ def _layout_use(use: LayoutUse) -> str:
 @click.option("--max-tokens", type=int, help="Only the beginning of the text.  [default: all]")
 def evaluate(
     model: str,
-    text: IO[str],
+    text: Path,
     against: str | None,
     precision: str,
     against_precision: str,
@@ -234,12 +237,16 @@ def evaluate(
     max_tokens: int | None,
 ) -> None:
     """Perplexity of MODEL on a text, and its distance from another model or precision on the same text."""
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"{text} is not UTF-8 text", param_hint="--text") from None
     with ExitStack() as stack:
         judged = stack.enter_context(_load(model, precision, segment, quiet=False))
         other = stack.enter_context(_load(against, against_precision, segment, quiet=False)) if against else None
         with tqdm(desc="Evaluating", unit=" tokens", leave=False, disable=None) as bar:
             result = evaluate_text(
-                judged, text.read(), against=other, segment=segment, max_tokens=max_tokens, progress=_moving(bar)
+                judged, content, against=other, segment=segment, max_tokens=max_tokens, progress=_moving(bar)
             )
         rows = {"tokens": f"{result.tokens:,}", "perplexity": f"{result.perplexity:.4f}"}
         if other:

@@ -44,6 +44,8 @@ def evaluate(
     Raises RequestError when the text is empty, a segment too long, `max_tokens` below 1, or the models' vocabularies
     differ.
     """
+    if against is model:
+        raise RequestError("a model cannot be measured against itself; load it twice")
     if against and against.config.vocab_size != model.config.vocab_size:
         raise RequestError(
             f"{model.name} and {against.name} have vocabularies of {model.config.vocab_size} and "
@@ -56,43 +58,39 @@ def evaluate(
     ids = model.tokenizer.encode(text, bos=False, control=False)[:max_tokens]
     if not ids:
         raise RequestError("the text to evaluate is empty")
-    starts = range(0, len(ids), segment - 1)
-    losses: list[NDArray[np.float64]] = []
-    divergences: list[NDArray[np.float64]] = []
-    agreements: list[NDArray[np.bool_]] = []
-    for start in starts:
-        targets = np.array(ids[start : start + segment - 1])
-        inputs = [model.tokenizer.bos_id, *targets[:-1].tolist()]
-        done = 0
+    losses: list[float] = []
+    divergences: list[float] = []
+    agreements: list[bool] = []
+    for start in range(0, len(ids), segment - 1):
+        targets = ids[start : start + segment - 1]
+        inputs = [model.tokenizer.bos_id, *targets[:-1]]
         others = _rows(against, inputs) if against else iter(())
-        for rows in _rows(model, inputs):
-            logs = _log_softmax(rows)
-            losses.append(-logs[np.arange(len(rows)), targets[done : done + len(rows)]].astype(np.float64))
+        for target, row in zip(targets, _rows(model, inputs), strict=True):
+            logs = _log_softmax(row)
+            losses.append(-float(logs[target]))
             if against:
                 expected = _log_softmax(next(others))
-                divergences.append(np.einsum("tv,tv->t", np.exp(expected), expected - logs, dtype=np.float64))
-                agreements.append(expected.argmax(axis=1) == logs.argmax(axis=1))
-            done += len(rows)
+                divergences.append(float(np.einsum("v,v->", np.exp(expected), expected - logs, dtype=np.float64)))
+                agreements.append(bool(expected.argmax() == logs.argmax()))
             if progress:
-                progress(start + done, len(ids))
-    perplexity = float(np.exp(np.concatenate(losses).mean()))
+                progress(len(losses), len(ids))
+    perplexity = float(np.exp(np.mean(losses)))
     if not against:
         return Evaluation(len(ids), perplexity)
-    divergence = np.concatenate(divergences)
     return Evaluation(
         len(ids),
         perplexity,
-        float(divergence.mean()),
-        float(divergence.std() / np.sqrt(len(ids))),
-        float(np.concatenate(agreements).mean()),
+        float(np.mean(divergences)),
+        float(np.std(divergences) / np.sqrt(len(ids))),
+        float(np.mean(agreements)),
     )
 
 
 def _rows(model: Gemma, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-    """The logits after each of `ids`, some rows at a time."""
+    """The logits after each of `ids`, which come from the GPU some at a time."""
     rows = model.logit_rows(ids)
     while (block := model.device.wait(_next(rows))) is not None:
-        yield block
+        yield from block
 
 
 async def _next(rows: AsyncIterator[NDArray[np.float32]]) -> NDArray[np.float32] | None:
@@ -100,6 +98,6 @@ async def _next(rows: AsyncIterator[NDArray[np.float32]]) -> NDArray[np.float32]
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    logs: NDArray[np.float32] = logits - logits.max(axis=1, keepdims=True)
-    logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    logs: NDArray[np.float32] = logits - logits.max()
+    logs -= np.log(np.exp(logs).sum(dtype=np.float64)).astype(np.float32)
     return logs

@@ -247,9 +247,7 @@ async def _load(
     try:
         half = _half(precision, device)
         with open_checkpoint(find(name, progress)) as checkpoint:
-            most = checkpoint.config.max_position_embeddings
-            context_length = min(_CONTEXT_LENGTH, most) if context_length is None else context_length
-            _check_count("context_length", context_length, most)
+            context_length = checked_context_length(context_length, checkpoint.config)
             _check_count("prefill_chunk", prefill_chunk, 1 << 16)
             model = Model(
                 device,
@@ -284,6 +282,15 @@ def _half(precision: str, device: Device) -> bool:
     if precision == "f16" and not has_half:
         raise DeviceError(f"{device.info} has no shader-f16; use precision='f32' or 'auto'")
     return has_half and precision != "f32"
+
+
+def checked_context_length(value: int | None, config: Gemma3Config) -> int:
+    """`value`, or the default where it is None. Raises RequestError unless the model can have such a context."""
+    most = config.max_position_embeddings
+    if value is None:
+        return min(_CONTEXT_LENGTH, most)
+    _check_count("context_length", value, most)
+    return value
 
 
 def _check_count(name: str, value: object, most: int) -> None:

@@ -191,4 +191,6 @@ def _parsed(path: Path, data: bytes) -> dict[str, object]:
 
 
 def _damaged(path: Path) -> ModelError:
-    return ModelError(f"{path}: its SHA-256 is not the one in {MANIFEST}: the file is damaged, delete it and download it again")
+    return ModelError(
+        f"{path}: its SHA-256 is not the one in {MANIFEST}: the file is damaged, delete it and download it again"
+    )

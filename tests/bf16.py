@@ -1,0 +1,51 @@
+"""The bf16 model that a quantised one stands for, and plain rounding, for quantisers to be judged by."""
+
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
+from numpy.typing import NDArray
+
+from gemma_wgpu.weights import encodings
+from gemma_wgpu.weights.layouts import Layout, Packed
+
+_REPLACED = ("general.architecture", "general.file_type", "general.quantization_version")
+_ENCODINGS = {
+    Layout.INT8: (encodings.Q8_0, GGMLQuantizationType.Q8_0),
+    Layout.INT4: (encodings.Q4_0, GGMLQuantizationType.Q4_0),
+}
+
+
+def write(source: Path, out: Path) -> Path:
+    """Write the GGUF `source` as `out`, every matrix dequantised and rounded to bf16, ties to even."""
+    reader = GGUFReader(source)
+    architecture = reader.get_field("general.architecture")
+    assert architecture is not None
+    writer = GGUFWriter(out, architecture.contents())
+    writer.add_file_type(LlamaFileType.MOSTLY_BF16)
+    for name, field in reader.fields.items():
+        if name not in _REPLACED and not name.startswith("GGUF."):
+            # An array's first type is ARRAY, its last one that of the elements.
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
+    kind = GGMLQuantizationType.BF16
+    for tensor in reader.tensors:
+        values: NDArray[np.float32] = quants.dequantize(tensor.data, tensor.tensor_type)
+        if values.ndim == 1:
+            writer.add_tensor(tensor.name, values)
+        else:
+            writer.add_tensor(tensor.name, quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def nearest(weights: NDArray[np.float32], layout: Layout, _pool: Executor | None = None) -> Packed:
+    """In `quantize`'s place: to the nearest of a grid that spans the block, by `gguf`, and as llama.cpp does.
+
+    A block's outermost weight becomes 127 or -127 as INT8, -8 as INT4.
+    """
+    encoding, kind = _ENCODINGS[layout]
+    return Packed(layout, *weights.shape, *encoding.split(quants.quantize(weights, kind).reshape(-1)))
