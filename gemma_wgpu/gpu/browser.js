@@ -130,9 +130,7 @@ async (limits, features) => {
             const failures = [...compilations, closeScopes()];
             compilations = [];
             openScopes();
-            const data = take(staging, size, arrival, failures);
-            data.catch(() => {}); // one that nobody awaits may fail
-            return data;
+            return take(staging, size, arrival, failures);
         },
     };
 };
