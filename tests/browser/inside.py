@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import gemma_wgpu
 from gemma_wgpu.gpu import open_device
 from gemma_wgpu.gpu.device import Device
 from tests.kernels.cases import KERNELS
@@ -22,3 +27,38 @@ async def check_kernel(kernel: str, case: int) -> None:
     before = device.allocated
     await module.check(device, module.CASES[case])
     assert device.allocated == before
+
+
+async def _fetched() -> Path:
+    """The model folder that test_generate.py serves."""
+    folder = Path("model")
+    if not folder.is_dir():
+        from pyodide.http import pyfetch
+
+        response = await pyfetch("model.zip")
+        await response.unpack_archive(extract_dir=folder)
+    return folder
+
+
+async def generate(prompt: list[int], options: list[dict[str, Any]]) -> str:
+    """The ids of a Generation for each of `options`, as JSON."""
+    ids = []
+    with await gemma_wgpu.load_async(await _fetched()) as gemma:
+        for chosen in options:
+            generation = gemma.generate(prompt, **chosen)
+            pieces = [piece.text async for piece in generation]
+            assert "".join(pieces) == generation.text
+            ids.append(generation.ids)
+    return json.dumps(ids)
+
+
+async def generate_blocking(prompt: list[int], options: list[dict[str, Any]]) -> str:
+    """`generate`, through the blocking interface alone."""
+    ids = []
+    with gemma_wgpu.load(await _fetched()) as gemma:
+        for chosen in options:
+            generation = gemma.generate(prompt, **chosen)
+            pieces = [piece.text for piece in generation]
+            assert "".join(pieces) == generation.text
+            ids.append(generation.ids)
+    return json.dumps(ids)
