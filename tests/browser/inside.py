@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ async def shared_device() -> Device:
     return _devices[0]
 
 
+def cases(kernel: str) -> list[Any]:
+    """A kernel's cases without float16, which the software adapter lacks; those that only have it, in float32."""
+    return list(dict.fromkeys(replace(case, half=False) for case in KERNELS[kernel].CASES))
+
+
 async def check_kernel(kernel: str, case: int) -> None:
     """As test_kernel does natively."""
-    device, module = await shared_device(), KERNELS[kernel]
+    device = await shared_device()
     before = device.allocated
-    await module.check(device, module.CASES[case])
+    await KERNELS[kernel].check(device, cases(kernel)[case])
     assert device.allocated == before
 
 
