@@ -21,6 +21,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
+	tools/install_chromium.sh
 	$(BIN)/python -m pip install --quiet --group test
 	touch $@
 

@@ -13,7 +13,7 @@ from gemma_wgpu.chat import Message, encode_chat
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import DeviceError, RequestError
 from gemma_wgpu.generate import Generation
-from gemma_wgpu.gpu import open_device
+from gemma_wgpu.gpu import open_device, open_device_sync
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.hub import find
 from gemma_wgpu.model import PREFILL_CHUNK, Model
@@ -213,14 +213,7 @@ def load(
     Raises ModelError when the model is missing, damaged or not a Gemma 3; DeviceError when there is no GPU or it
     lacks memory or f16; RequestError for an option out of its range.
     """
-    opening = open_device()
-    try:
-        opening.send(None)
-    except StopIteration as opened:
-        device: Device = opened.value
-    else:
-        opening.close()
-        raise DeviceError("this platform cannot block; use `await load_async(...)`")
+    device = open_device_sync()
     return device.wait(_load(device, name, precision, context_length, prefill_chunk, progress))
 
 

@@ -23,7 +23,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let end = min((group.x + 1u) * PART, VOCAB);
     for (var token = group.x * PART + thread; token < end; token += WORKGROUP_SIZE) {
         var logit = logits[token];
-        if (seen[token / 32u] >> (token % 32u) & 1u) == 1u {
+        if ((seen[token / 32u] >> (token % 32u)) & 1u) == 1u {
             let penalty = sampling.repetition_penalty;
             logit = select(logit / penalty, logit * penalty, logit < 0.0);
         }

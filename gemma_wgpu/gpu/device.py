@@ -153,7 +153,11 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def submit(self, programs: Sequence[Program]) -> None:
-        """Run the programs one after the other; each dispatch sees what the ones before it wrote."""
+        """Run the programs one after the other; each dispatch sees what the ones before it wrote.
+
+        Raises DeviceError for what is invalid. A browser tells only later: there the next `read` raises it, and also
+        names a shader that does not compile.
+        """
 
     @abc.abstractmethod
     def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> Awaitable[NDArray[np.uint8]]:

@@ -1,6 +1,7 @@
 """A random Gemma 3 with the shapes of the 1B, but three layers and 1024 tokens: 163 MB in bfloat16."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,10 @@ _QUERY_KEY = 1.3
 _GROWTH = 2.0
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, shape: Mapping[str, object] = CONFIG) -> Path:
     """Write config.json, model.safetensors (the same bytes every time) and tokenizer.json; return `folder`."""
     rng = np.random.Generator(np.random.PCG64(3))
-    config = Gemma3Config.from_hf(CONFIG)
+    config = Gemma3Config.from_hf(shape)
     tensors = {}
     for name, (rows, cols) in sorted(matrix_shapes(config).items()):
         matrix = rng.standard_normal((rows, cols), np.float32) * np.float32(0.06 if name == EMBEDDING else cols**-0.5)
@@ -51,7 +52,7 @@ def write(folder: Path) -> Path:
     for name, (size,) in sorted(norm_shapes(config).items()):
         spread = 1 + np.float32(0.2) * rng.standard_normal(size, np.float32)
         tensors[name] = _bfloat16(np.float32(_factor(name)) * spread - 1)
-    write_hf(folder, CONFIG, tensors)
+    write_hf(folder, shape, tensors)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(_vocabulary(config.vocab_size))))
     return folder
 

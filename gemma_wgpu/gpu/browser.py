@@ -1,0 +1,210 @@
+"""The device interface on the browser's WebGPU, from Pyodide, in a page or in a worker.
+
+What WebGPU does is written in `browser.js`, which each method enters once. Errors come late: see `browser.js`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import NDArray
+from pyodide.code import run_js
+from pyodide.ffi import JsException, can_run_sync, run_sync, to_js
+
+from gemma_wgpu.errors import DeviceError
+from gemma_wgpu.gpu.device import (
+    Adapter,
+    AdapterInfo,
+    Buffer,
+    Constants,
+    Device,
+    Dispatch,
+    Limits,
+    Pipeline,
+    Program,
+)
+
+T = TypeVar("T")
+
+_FEATURES = ("shader-f16", "subgroups", "timestamp-query")
+_LIMITS = {
+    "max_buffer_size": "maxBufferSize",
+    "max_storage_buffer_binding_size": "maxStorageBufferBindingSize",
+    "max_storage_buffers_per_shader_stage": "maxStorageBuffersPerShaderStage",
+    "max_compute_workgroup_storage_size": "maxComputeWorkgroupStorageSize",
+    "max_compute_invocations_per_workgroup": "maxComputeInvocationsPerWorkgroup",
+    "max_compute_workgroups_per_dimension": "maxComputeWorkgroupsPerDimension",
+}
+_REQUESTED = (
+    *_LIMITS.values(),
+    "maxComputeWorkgroupSizeX",
+    "maxComputeWorkgroupSizeY",
+    "maxComputeWorkgroupSizeZ",
+)
+_NO_ADAPTER = (
+    "no WebGPU here. Use Chrome or Edge 113, Safari 26, Firefox 141 or later, over https or from localhost; "
+    "on Linux, Chrome may need --enable-unsafe-webgpu --enable-features=Vulkan."
+)
+_CANNOT_BLOCK = (
+    "this browser cannot block Python while the GPU works (it lacks JSPI, or Python was entered without it); use "
+    "`await load_async(...)`, `async for piece in gemma.generate(...)` and the other async methods"
+)
+
+
+class _BrowserBuffer(Buffer):
+    def __init__(self, device: BrowserDevice, handle: Any, size: int, label: str) -> None:
+        self.handle, self.size, self.label = handle, size, label
+        self._device = device
+
+    def destroy(self) -> None:
+        if self.handle is not None:
+            self.handle.destroy()
+            self.handle = None
+            self._device.allocated -= self.size
+
+
+class _BrowserPipeline(Pipeline):
+    def __init__(self, handle: Any, label: str) -> None:
+        self.handle, self.label = handle, label
+
+
+class _BrowserProgram(Program):
+    def __init__(self, handle: Any, dispatches: Sequence[Dispatch]) -> None:
+        self.handle, self.dispatches = handle, tuple(dispatches)
+
+
+class _Reading:
+    """A readback under way."""
+
+    def __init__(self, device: BrowserDevice, promise: Awaitable[Any], label: str) -> None:
+        self._device, self._promise, self._label = device, promise, label
+
+    def __await__(self) -> Generator[Any, None, NDArray[np.uint8]]:
+        with self._device.as_device_error("running on the GPU"):
+            data = yield from self._promise.__await__()
+        return np.frombuffer(data.to_bytes(), np.uint8)
+
+
+class BrowserDevice(Device):
+    """A GPU through `navigator.gpu`."""
+
+    def __init__(self, gpu: Any) -> None:
+        super().__init__(_described(gpu.adapter))
+        self._gpu = gpu
+        self._buffers: WeakSet[_BrowserBuffer] = WeakSet()
+        self._closed = False
+
+    @contextmanager
+    def as_device_error(self, doing: str) -> Iterator[None]:
+        """Raise what WebGPU throws as a DeviceError that says what was being done, or that the device is gone."""
+        if self._closed:
+            raise DeviceError(f"{self.info} was closed; load the model again")
+        try:
+            yield
+        except JsException as error:
+            if self._closed or self._gpu.isLost():
+                raise DeviceError(f"{self.info} was lost; load the model again") from error
+            raise DeviceError(f"{doing}: {' '.join(error.message.split())}") from error
+
+    def _create_buffer(self, size: int, label: str) -> Buffer:
+        with self.as_device_error(f"no GPU memory for buffer '{label}' of {size:,} bytes"):
+            handle = self._gpu.createBuffer(size, label)
+        self.allocated += size
+        buffer = _BrowserBuffer(self, handle, size, label)
+        self._buffers.add(buffer)
+        return buffer
+
+    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Pipeline:
+        with self.as_device_error(f"shader '{label}' does not compile on {self.info}"):
+            return _BrowserPipeline(self._gpu.createPipeline(label, source, to_js(list(constants.items()))), label)
+
+    def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
+        if data.size == 0:
+            return
+        with self.as_device_error(f"writing buffer '{buffer.label}'"):
+            self._gpu.write(_handle(buffer, offset, data.nbytes), offset, np.ascontiguousarray(data))
+
+    def record(self, dispatches: Sequence[Dispatch]) -> Program:
+        calls = [
+            (d.pipeline.handle, [_handle(buffer) for buffer in d.bindings], d.workgroups)  # type: ignore[attr-defined]
+            for d in dispatches
+        ]
+        with self.as_device_error("binding the buffers of a program"):
+            return _BrowserProgram(self._gpu.record(to_js(calls)), dispatches)
+
+    def submit(self, programs: Sequence[Program]) -> None:
+        with self.as_device_error("running on the GPU"):
+            self._gpu.submit(*(program.handle for program in programs))  # type: ignore[attr-defined]
+
+    def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> _Reading:
+        size = buffer.size - offset if size is None else size
+        with self.as_device_error(f"reading buffer '{buffer.label}'"):
+            promise = self._gpu.read(_handle(buffer, offset, size), offset, size)
+        return _Reading(self, promise, buffer.label)
+
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return block_on(coroutine)
+
+    def close(self) -> None:
+        self._closed = True
+        self._pipelines.clear()
+        for buffer in list(self._buffers):
+            buffer.destroy()
+        self._gpu.device.destroy()
+
+
+def _handle(buffer: Buffer, offset: int = 0, size: int = 0) -> Any:
+    """The GPUBuffer, of which the bytes from `offset` to `offset + size` are to be used."""
+    handle = buffer.handle  # type: ignore[attr-defined]
+    if handle is None:
+        raise DeviceError(f"buffer '{buffer.label}' was freed")
+    if min(offset, size) < 0 or offset + size > buffer.size:
+        raise DeviceError(
+            f"bytes {offset:,} to {offset + size:,} of buffer '{buffer.label}' do not exist; it has {buffer.size:,}"
+        )
+    return handle
+
+
+def _described(adapter: Any) -> Adapter:
+    info = adapter.info
+    return Adapter(
+        AdapterInfo(
+            vendor=info.vendor,
+            architecture=info.architecture,
+            device=info.device,
+            driver=info.description,
+            backend="WebGPU",
+            type="CPU" if info.architecture == "swiftshader" or info.isFallbackAdapter else "Unknown",
+        ),
+        Limits(**{ours: getattr(adapter.limits, name) for ours, name in _LIMITS.items()}),
+        frozenset(name for name in _FEATURES if adapter.features.has(name)),
+    )
+
+
+async def open_browser() -> BrowserDevice:
+    """The most powerful adapter of this browser, opened with all that it offers.
+
+    Raises DeviceError where there is none.
+    """
+    connect = run_js((files("gemma_wgpu.gpu") / "browser.js").read_text(encoding="utf-8"))
+    try:
+        gpu = await connect(to_js(_REQUESTED), to_js(_FEATURES))
+    except JsException as error:
+        raise DeviceError(f"cannot open the browser's GPU: {error.message}") from error
+    if gpu is None:
+        raise DeviceError(_NO_ADAPTER)
+    return BrowserDevice(gpu)
+
+
+def block_on(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, blocking, which takes JSPI. Raises DeviceError without it."""
+    if not can_run_sync():
+        coroutine.close()
+        raise DeviceError(_CANNOT_BLOCK)
+    result: T = run_sync(coroutine)
+    return result

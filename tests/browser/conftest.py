@@ -1,0 +1,107 @@
+"""A Chromium with WebGPU on its software adapter, in which Pyodide runs this package from a plain static server."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+from playwright.sync_api import ConsoleMessage, Error, Page, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+SUB_PATH = "some/project"
+
+
+class Chromium:
+    """The page of index.html. Whatever it logs as an error, and requests to anywhere else, are in `complaints`."""
+
+    def __init__(self, page: Page, origin: str) -> None:
+        self.complaints: list[str] = []
+        self._page = page
+        page.on("console", self._log)
+        page.on("pageerror", lambda error: self.complaints.append(error.message))
+        page.on("request", lambda request: self._check(request.url, origin))
+        page.goto(f"{origin}/{SUB_PATH}/")
+        page.get_by_text("ready").wait_for()
+
+    def run(self, code: str, *, where: str = "worker", can_block: bool = True) -> Any:
+        """The last expression of Python `code`, in the "page" or the "worker". A failure there is one here."""
+        try:
+            return self._page.evaluate(
+                f"call => in{where.capitalize()}(...call)",  # which index.html defines
+                [code, can_block],
+            )
+        except Error as error:
+            pytest.fail(error.message, pytrace=False)
+
+    def _log(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+    def _check(self, url: str, origin: str) -> None:
+        if not url.startswith((origin, "data:", "blob:")):
+            self.complaints.append(f"request to {url}")
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server serves: Pyodide, the sources of the package and of the tests, and the page."""
+    pyodide = ROOT / "build" / "pyodide"
+    subprocess.run([sys.executable, ROOT / "tools" / "fetch_pyodide.py", pyodide], check=True)
+    root = tmp_path_factory.mktemp("site")
+    site = root / SUB_PATH
+    site.mkdir(parents=True)
+    (site / "pyodide").symlink_to(pyodide)
+    for file in ("index.html", "worker.mjs", "python.mjs"):
+        shutil.copy(Path(__file__).parent / file, site)
+    with ZipFile(site / "sources.zip", "w") as archive:
+        for folder in ("gemma_wgpu", "shaders", "tests"):
+            for path in (ROOT / folder).rglob("*"):
+                if path.suffix in (".py", ".js", ".wgsl"):
+                    archive.write(path, path.relative_to(ROOT))
+    return root
+
+
+@pytest.fixture(scope="session")
+def server(site: Path) -> Iterator[str]:
+    """The origin of a server of `site`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(site))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def chromium(server: str) -> Iterator[Chromium]:
+    path = shutil.which("chromium")
+    assert path, "chromium is missing; tools/install_chromium.sh installs it"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"],
+            ignore_default_args=["--disable-gpu"],
+        )
+        yield Chromium(browser.new_page(), server)
+        browser.close()
+
+
+@pytest.fixture(autouse=True)
+def no_complaints(chromium: Chromium) -> Iterator[None]:
+    yield
+    complaints, chromium.complaints = chromium.complaints, []
+    assert complaints == []
