@@ -11,7 +11,13 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/browser
+
+# The browser's device, in Chromium; apart from `test` until there is a site to test with it.
+test-browser: $(VENV)/.installed-test
+	tools/install_chromium.sh
+	$(BIN)/python -m pip install --quiet --group browser
+	$(BIN)/python -m pytest tests/browser
 
 $(VENV)/.installed: pyproject.toml
 	tools/install_vulkan.sh
@@ -21,11 +27,10 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	tools/install_chromium.sh
 	$(BIN)/python -m pip install --quiet --group test
 	touch $@
 
 clean:
 	rm -rf $(VENV)
 
-.PHONY: demo test clean
+.PHONY: demo test test-browser clean
