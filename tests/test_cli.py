@@ -18,7 +18,7 @@ import gemma_wgpu.cli
 import gemma_wgpu.gemma
 from gemma_wgpu.cli import main
 from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.gpu import open_device
+from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from tests.reference.golden import FOLDER
@@ -177,12 +177,12 @@ def test_usage(arguments: list[str], named: str) -> None:
 
 
 def test_f16_of_a_gpu_without_it(story: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def without() -> Device:
-        device = await open_device()
+    def without() -> Device:
+        device = open_device_sync()
         device.features -= {"shader-f16"}
         return device
 
-    monkeypatch.setattr(gemma_wgpu.gemma, "open_device", without)
+    monkeypatch.setattr(gemma_wgpu.gemma, "open_device_sync", without)
     refused(run("generate", "x", "--model", story, "--precision", "f16"), "shader-f16", "precision='f32'")
     assert ", f32, " in generated(story, "x").stderr
 
@@ -214,11 +214,7 @@ def test_devices() -> None:
     result = run("devices")
     assert result.exit_code == 0
     first, *rows = result.stdout.splitlines()
-
-    async def opened() -> Device:
-        return await open_device()
-
-    device = _finished(opened())
+    device = open_device_sync()
     assert first == f"0: {device.info}"
     assert device.info.driver in first
     values = {row[3:20].strip(): row[20:].strip() for row in rows}
@@ -228,15 +224,6 @@ def test_devices() -> None:
     assert values["largest binding"] == f"{device.limits.max_storage_buffer_binding_size:,} bytes"
     assert values["type"] == device.info.type
     device.close()
-
-
-def _finished(coroutine: object) -> Device:
-    try:
-        coroutine.send(None)  # type: ignore[attr-defined]
-    except StopIteration as stopped:
-        device: Device = stopped.value
-        return device
-    raise AssertionError("it waits for something")
 
 
 def test_no_adapter(story: str, tmp_path: Path) -> None:

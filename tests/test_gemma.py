@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import gemma_wgpu.gemma
 from gemma_wgpu import DeviceError, Gemma, ModelError, RequestError, load, load_async
 from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.gpu import open_device
+from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.weights.checkpoint import EMBEDDING
 from tests.tiny import (
@@ -264,12 +264,12 @@ def test_options_that_are_wrong(folder: Path, option: str, value: object, messag
 
 
 def test_f16_of_a_gpu_without_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def without() -> Device:
-        device = await open_device()
+    def without() -> Device:
+        device = open_device_sync()
         device.features -= {"shader-f16"}
         return device
 
-    monkeypatch.setattr(gemma_wgpu.gemma, "open_device", without)
+    monkeypatch.setattr(gemma_wgpu.gemma, "open_device_sync", without)
     with pytest.raises(DeviceError, match="has no shader-f16; use precision='f32' or 'auto'$") as raised:
         load(folder, precision="f16")
     assert "\n" not in str(raised.value)
@@ -280,11 +280,11 @@ def test_f16_of_a_gpu_without_it(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_device_is_closed_when_loading_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     opened: list[Device] = []
 
-    async def noted() -> Device:
-        opened.append(await open_device())
+    def noted() -> Device:
+        opened.append(open_device_sync())
         return opened[-1]
 
-    monkeypatch.setattr(gemma_wgpu.gemma, "open_device", noted)
+    monkeypatch.setattr(gemma_wgpu.gemma, "open_device_sync", noted)
     with pytest.raises(ModelError):
         load(tmp_path / "nothing.gguf")
     (device,) = opened
