@@ -86,7 +86,7 @@ def server(site: Path) -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # it leaves an event loop running in this thread, which other tests could not bear
 def chromium(server: str) -> Iterator[Chromium]:
     path = shutil.which("chromium")
     assert path, "chromium is missing; tools/install_chromium.sh installs it"
