@@ -91,9 +91,16 @@ class Gemma:
         option out of its range.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._generate(
-            ids, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), max_new_tokens, stop
-        )
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        checked = self._checked(ids)
+        if max_new_tokens is None:
+            max_new_tokens = self.context_length + 1  # the context is full before
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number above 0")
+        strings = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
+        if not all(isinstance(string, str) and string for string in strings):
+            raise RequestError(f"stop is {stop!r}; it must be a text or a list of texts, none of them empty")
+        return Generation(self._model, self.tokenizer, checked, sampling, max_new_tokens, strings)
 
     def chat(
         self,
@@ -115,9 +122,16 @@ class Gemma:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        ids = encode_chat(self.tokenizer, messages)
-        return self._generate(
-            ids, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), max_new_tokens, stop
+        return self.generate(
+            encode_chat(self.tokenizer, messages),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
         )
 
     def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
@@ -129,22 +143,26 @@ class Gemma:
 
     async def logits_async(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
         """`logits`, for an event loop."""
-        count = len(self._checked(ids))
+        checked = self._checked(ids)
+        count = len(checked)
         if last is not None and not 1 <= last <= count:
             raise RequestError(f"last is {last}; it must be from 1 to the {count} ids that there are")
         first = count - last if last else 0
         logits = np.empty((count - first, self.config.vocab_size), np.float32)
         done = 0
-        async for rows in self.logit_rows(ids, first=first):
+        async for rows in self._logit_rows(checked, first):
             logits[done : done + len(rows)] = rows
             done += len(rows)
         return logits
 
     async def logit_rows(self, ids: Sequence[int], *, first: int = 0) -> AsyncIterator[NDArray[np.float32]]:
         """`logits` after the ids from `first` on, some rows at a time: all of them can be more than memory holds."""
-        checked = self._checked(ids)
-        self._model.begin(checked, Sampling(seed=0))
-        async for rows in self._model.prompt_logits(len(checked), first):
+        async for rows in self._logit_rows(self._checked(ids), first):
+            yield rows
+
+    async def _logit_rows(self, ids: NDArray[np.uint32], first: int) -> AsyncIterator[NDArray[np.float32]]:
+        self._model.begin(ids, Sampling(seed=0))
+        async for rows in self._model.prompt_logits(len(ids), first):
             yield rows
 
     def close(self) -> None:
@@ -157,19 +175,6 @@ class Gemma:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _generate(
-        self, ids: Sequence[int], sampling: Sampling, max_new_tokens: int | None, stop: str | Sequence[str]
-    ) -> Generation:
-        checked = self._checked(ids)
-        if max_new_tokens is None:
-            max_new_tokens = self.context_length + 1  # the context is full before
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number above 0")
-        strings = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
-        if not all(isinstance(string, str) and string for string in strings):
-            raise RequestError(f"stop is {stop!r}; it must be a text or a list of texts, none of them empty")
-        return Generation(self._model, self.tokenizer, checked, sampling, max_new_tokens, strings)
 
     def _checked(self, ids: Sequence[int]) -> NDArray[np.uint32]:
         if self._closed:

@@ -408,9 +408,9 @@ class Model:
             if start:  # never more than a chunk ahead of the GPU, so that an interrupt is heard
                 await self.device.read(self.state)
                 self.check(turn)
-            self.prefill_one(start, min(self.prefill_chunk, length - start))
+            self._prefill_one(start, min(self.prefill_chunk, length - start))
 
-    def prefill_one(self, position: int, count: int) -> None:
+    def _prefill_one(self, position: int, count: int) -> None:
         """Tokens [position, position + count) of the sequence, at most `prefill_chunk`, through the layers."""
         self._set_state(position, count)
         self.device.submit([self._decode_program if count == 1 else self._prefill_program(count)])
@@ -435,7 +435,7 @@ class Model:
         for position in range(0, length, self.prefill_chunk):
             count = min(self.prefill_chunk, length - position)
             self.check(turn)
-            self.prefill_one(position, count)
+            self._prefill_one(position, count)
             for start in range(max(first - position, 0), count, n):
                 rows = min(n, count - start)
                 self.check(turn)

@@ -72,17 +72,16 @@ fn amount(thread: u32, lowest: u32, by_mass: bool, highest: f32) -> f32 {
 
 fn filtered(thread: u32, all: Summary, position: u32) -> u32 {
     collect(thread, all.highest - DEPTH);
-    let overflow = workgroup_sum(thread, select(0.0, 1.0, mine_count > MINE));
-    let count = workgroup_sum(thread, f32(mine_count));
+    let sums = workgroup_sums(thread, vec4(select(0.0, 1.0, mine_count > MINE), f32(mine_count), 0.0, 0.0));
+    let overflow = sums.x > 0.0;
     mine_count = min(mine_count, MINE);
     var nucleus = sampling.top_p * all.sum;
-    let mass = amount(thread, 0u, true, all.highest);
     if sampling.top_k > 0u {
-        search_all = overflow > 0.0 || count < f32(sampling.top_k);
+        search_all = overflow || sums.y < f32(sampling.top_k);
     } else if sampling.top_p < 1.0 {
-        search_all = overflow > 0.0 || mass < nucleus;
+        search_all = amount(thread, 0u, true, all.highest) < nucleus || overflow;
     } else {
-        search_all = overflow > 0.0 || log(sampling.min_p) < -DEPTH;
+        search_all = overflow || log(sampling.min_p) < -DEPTH;
     }
 
     // First by number, then by mass among those: each time the highest order whose amount is still enough.

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,6 @@ from gemma_wgpu.gpu.device import (
     Device,
     Dispatch,
     Limits,
-    Pipeline,
     Program,
 )
 
@@ -56,23 +54,6 @@ _CANNOT_BLOCK = (
 )
 
 
-class _BrowserBuffer(Buffer):
-    def __init__(self, device: BrowserDevice, handle: Any, size: int, label: str) -> None:
-        self.handle, self.size, self.label = handle, size, label
-        self._device = device
-
-    def destroy(self) -> None:
-        if self.handle is not None:
-            self.handle.destroy()
-            self.handle = None
-            self._device.allocated -= self.size
-
-
-class _BrowserPipeline(Pipeline):
-    def __init__(self, handle: Any, label: str) -> None:
-        self.handle, self.label = handle, label
-
-
 class _BrowserProgram(Program):
     def __init__(self, handle: Any, dispatches: Sequence[Dispatch]) -> None:
         self.handle, self.dispatches = handle, tuple(dispatches)
@@ -96,7 +77,6 @@ class BrowserDevice(Device):
     def __init__(self, gpu: Any) -> None:
         super().__init__(_described(gpu.adapter))
         self._gpu = gpu
-        self._buffers: WeakSet[_BrowserBuffer] = WeakSet()
         self._closed = False
 
     @contextmanager
@@ -111,29 +91,22 @@ class BrowserDevice(Device):
                 raise DeviceError(f"{self.info} was lost; load the model again") from error
             raise DeviceError(f"{doing}: {' '.join(error.message.split())}") from error
 
-    def _create_buffer(self, size: int, label: str) -> Buffer:
+    def _create_buffer(self, size: int, label: str) -> Any:
         with self.as_device_error(f"no GPU memory for buffer '{label}' of {size:,} bytes"):
-            handle = self._gpu.createBuffer(size, label)
-        self.allocated += size
-        buffer = _BrowserBuffer(self, handle, size, label)
-        self._buffers.add(buffer)
-        return buffer
+            return self._gpu.createBuffer(size, label)
 
-    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Pipeline:
+    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Any:
         with self.as_device_error(f"shader '{label}' does not compile on {self.info}"):
-            return _BrowserPipeline(self._gpu.createPipeline(label, source, to_js(list(constants.items()))), label)
+            return self._gpu.createPipeline(label, source, to_js(list(constants.items())))
 
     def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
         if data.size == 0:
             return
         with self.as_device_error(f"writing buffer '{buffer.label}'"):
-            self._gpu.write(_handle(buffer, offset, data.nbytes), offset, np.ascontiguousarray(data))
+            self._gpu.write(_within(buffer, offset, data.nbytes), offset, np.ascontiguousarray(data))
 
     def record(self, dispatches: Sequence[Dispatch]) -> Program:
-        calls = [
-            (d.pipeline.handle, [_handle(buffer) for buffer in d.bindings], d.workgroups)  # type: ignore[attr-defined]
-            for d in dispatches
-        ]
+        calls = [(d.pipeline.handle, [buffer.handle for buffer in d.bindings], d.workgroups) for d in dispatches]
         with self.as_device_error("binding the buffers of a program"):
             return _BrowserProgram(self._gpu.record(to_js(calls)), dispatches)
 
@@ -144,7 +117,7 @@ class BrowserDevice(Device):
     def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> _Reading:
         size = buffer.size - offset if size is None else size
         with self.as_device_error(f"reading buffer '{buffer.label}'"):
-            promise = self._gpu.read(_handle(buffer, offset, size), offset, size)
+            promise = self._gpu.read(_within(buffer, offset, size), offset, size)
         return _Reading(self, promise, buffer.label)
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -152,17 +125,13 @@ class BrowserDevice(Device):
 
     def close(self) -> None:
         self._closed = True
-        self._pipelines.clear()
-        for buffer in list(self._buffers):
-            buffer.destroy()
+        self._free()
         self._gpu.device.destroy()
 
 
-def _handle(buffer: Buffer, offset: int = 0, size: int = 0) -> Any:
+def _within(buffer: Buffer, offset: int, size: int) -> Any:
     """The GPUBuffer, of which the bytes from `offset` to `offset + size` are to be used."""
-    handle = buffer.handle  # type: ignore[attr-defined]
-    if handle is None:
-        raise DeviceError(f"buffer '{buffer.label}' was freed")
+    handle = buffer.handle
     if min(offset, size) < 0 or offset + size > buffer.size:
         raise DeviceError(
             f"bytes {offset:,} to {offset + size:,} of buffer '{buffer.label}' do not exist; it has {buffer.size:,}"

@@ -11,6 +11,7 @@ import abc
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,21 +59,37 @@ class Adapter:
     features: frozenset[str]  # in WebGPU's names: "shader-f16", "subgroups", "timestamp-query"
 
 
-class Buffer(abc.ABC):
-    """A span of GPU memory, usable as storage, copy source and copy destination."""
+class Buffer:
+    """A span of GPU memory, usable as storage, copy source and copy destination. `Device.buffer` makes one.
 
-    size: int  # bytes
-    label: str
+    `size` is in bytes. The platform's own object is for the backends alone.
+    """
 
-    @abc.abstractmethod
+    def __init__(self, device: Device, platform: Any, size: int, label: str) -> None:
+        self.size, self.label = size, label
+        self._device = device
+        self._platform = platform
+
+    @property
+    def handle(self) -> Any:
+        """The platform's buffer. Raises DeviceError once it was freed."""
+        if self._platform is None:
+            raise DeviceError(f"buffer '{self.label}' was freed")
+        return self._platform
+
     def destroy(self) -> None:
         """Give the memory back at once. Idempotent."""
+        if self._platform is not None:
+            self._platform.destroy()
+            self._platform = None
+            self._device.allocated -= self.size
 
 
-class Pipeline(abc.ABC):
-    """A compiled shader with its constants."""
+class Pipeline:
+    """A compiled shader with its constants; `handle` is the platform's."""
 
-    label: str
+    def __init__(self, handle: Any, label: str) -> None:
+        self.handle, self.label = handle, label
 
 
 class Program(abc.ABC):
@@ -104,6 +121,7 @@ class Device(abc.ABC):
     def __init__(self, adapter: Adapter) -> None:
         self.info, self.limits, self.features = adapter.info, adapter.limits, adapter.features
         self.allocated = 0
+        self._buffers: WeakSet[Buffer] = WeakSet()
         self._pipelines: dict[tuple[object, ...], Pipeline] = {}
 
     def buffer(self, size: int, label: str) -> Buffer:
@@ -118,7 +136,10 @@ class Device(abc.ABC):
                 f"buffer '{label}' needs {size:,} bytes; {self.info.device or 'this adapter'} binds at most "
                 f"{limit:,}. Ask for a shorter context_length or a smaller model."
             )
-        return self._create_buffer(size, label)
+        buffer = Buffer(self, self._create_buffer(size, label), size, label)
+        self.allocated += size
+        self._buffers.add(buffer)
+        return buffer
 
     def upload(self, data: NDArray[Any], label: str) -> Buffer:
         """A new buffer that holds `data`."""
@@ -134,14 +155,22 @@ class Device(abc.ABC):
         key = (shader, half, *sorted(constants.items()))
         if key not in self._pipelines:
             source = load_shader(shader, half=half)
-            self._pipelines[key] = self._create_pipeline(shader, source, constants)
+            self._pipelines[key] = Pipeline(self._create_pipeline(shader, source, constants), shader)
         return self._pipelines[key]
 
-    @abc.abstractmethod
-    def _create_buffer(self, size: int, label: str) -> Buffer: ...
+    def _free(self) -> None:
+        """Let go of the pipelines, and of the memory of all buffers."""
+        self._pipelines.clear()
+        for buffer in list(self._buffers):
+            buffer.destroy()
 
     @abc.abstractmethod
-    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Pipeline: ...
+    def _create_buffer(self, size: int, label: str) -> Any:
+        """The platform's buffer, which has a `destroy`."""
+
+    @abc.abstractmethod
+    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Any:
+        """The platform's pipeline."""
 
     @abc.abstractmethod
     def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
-from weakref import WeakSet
 
 import numpy as np
 import wgpu
@@ -23,7 +22,6 @@ from gemma_wgpu.gpu.device import (
     Device,
     Dispatch,
     Limits,
-    Pipeline,
     Program,
 )
 
@@ -82,23 +80,6 @@ class _Interrupts:
         self._came = True
 
 
-class _NativeBuffer(Buffer):
-    def __init__(self, device: NativeDevice, handle: Any, size: int, label: str) -> None:
-        self.handle, self.size, self.label = handle, size, label
-        self._device = device
-
-    def destroy(self) -> None:
-        if self.handle is not None:
-            self.handle.destroy()
-            self.handle = None
-            self._device.allocated -= self.size
-
-
-class _NativePipeline(Pipeline):
-    def __init__(self, handle: Any, label: str) -> None:
-        self.handle, self.label = handle, label
-
-
 class _NativeProgram(Program):
     """Keeps the Python objects alive, and the raw handles that the replay loop passes to wgpu-native."""
 
@@ -107,14 +88,14 @@ class _NativeProgram(Program):
         self._groups = groups
         self._buffers = {buffer for dispatch in dispatches for buffer in dispatch.bindings}
         self.calls = [
-            (d.pipeline.handle._internal, group._internal, *d.workgroups)  # type: ignore[attr-defined]
+            (d.pipeline.handle._internal, group._internal, *d.workgroups)
             for d, group in zip(dispatches, groups, strict=True)
         ]
 
     def check(self) -> None:
         """Raise DeviceError where a buffer was freed: wgpu-native would end the process."""
         for buffer in self._buffers:
-            _handle(buffer)
+            _ = buffer.handle
 
 
 class _Mapped:
@@ -164,46 +145,40 @@ class NativeDevice(Device):
                 },
             )
         self._staging: list[Any] = []
-        self._buffers: WeakSet[_NativeBuffer] = WeakSet()
 
     @property
     def is_destroyed(self) -> bool:
         """Whether wgpu-py has let go of the device, so that nothing pending will come."""
         return self._device._poller is None
 
-    def _create_buffer(self, size: int, label: str) -> Buffer:
+    def _create_buffer(self, size: int, label: str) -> Any:
         with _as_device_error(f"no GPU memory for buffer '{label}' of {size:,} bytes"):
-            handle = self._device.create_buffer(size=size, usage=_STORAGE, label=label)
-        self.allocated += size
-        buffer = _NativeBuffer(self, handle, size, label)
-        self._buffers.add(buffer)
-        return buffer
+            return self._device.create_buffer(size=size, usage=_STORAGE, label=label)
 
-    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Pipeline:
+    def _create_pipeline(self, label: str, source: str, constants: Constants) -> Any:
         with _as_device_error(f"shader '{label}' does not compile on {self.info}"):
             module = self._device.create_shader_module(label=label, code=source)
-            handle = self._device.create_compute_pipeline(
+            return self._device.create_compute_pipeline(
                 label=label,
                 layout="auto",
                 compute={"module": module, "entry_point": "main", "constants": dict(constants)},
             )
-        return _NativePipeline(handle, label)
 
     def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
         if data.size == 0:  # which wgpu-py refuses
             return
         with _as_device_error(f"writing buffer '{buffer.label}'"):
-            self._device.queue.write_buffer(_handle(buffer), offset, np.ascontiguousarray(data))
+            self._device.queue.write_buffer(buffer.handle, offset, np.ascontiguousarray(data))
 
     def record(self, dispatches: Sequence[Dispatch]) -> Program:
         groups = []
         for dispatch in dispatches:
             with _as_device_error(f"binding the buffers of '{dispatch.pipeline.label}'"):
                 entries = [
-                    {"binding": i, "resource": {"buffer": _handle(b), "offset": 0, "size": b.size}}
+                    {"binding": i, "resource": {"buffer": b.handle, "offset": 0, "size": b.size}}
                     for i, b in enumerate(dispatch.bindings)
                 ]
-                layout = dispatch.pipeline.handle.get_bind_group_layout(0)  # type: ignore[attr-defined]
+                layout = dispatch.pipeline.handle.get_bind_group_layout(0)
                 groups.append(self._device.create_bind_group(layout=layout, entries=entries))
         return _NativeProgram(dispatches, groups)
 
@@ -232,7 +207,7 @@ class NativeDevice(Device):
         with _as_device_error(f"reading buffer '{buffer.label}'"):
             staging = self._stage(size)
             encoder = self._device.create_command_encoder()
-            encoder.copy_buffer_to_buffer(_handle(buffer), offset, staging, 0, size)
+            encoder.copy_buffer_to_buffer(buffer.handle, offset, staging, 0, size)
             self._device.queue.submit([encoder.finish()])
             return _Mapped(self, staging, size)
 
@@ -266,10 +241,8 @@ class NativeDevice(Device):
         if not self.is_destroyed:
             with _Interrupts():
                 self._device._poll_wait()  # so that no read is left waiting for what will never come
-        self._pipelines.clear()
+        self._free()
         self._staging.clear()
-        for buffer in list(self._buffers):
-            buffer.destroy()
         if not self.is_destroyed:
             self._device.destroy()
         self.allocated = 0
@@ -286,13 +259,6 @@ _REQUESTED = {
     "max-compute-workgroup-size-z",
     "max-compute-workgroups-per-dimension",
 }
-
-
-def _handle(buffer: Buffer) -> Any:
-    handle = buffer.handle  # type: ignore[attr-defined]
-    if handle is None:
-        raise DeviceError(f"buffer '{buffer.label}' was freed")
-    return handle
 
 
 def _described(adapter: Any) -> Adapter:
