@@ -91,10 +91,12 @@ def judge(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
         yield evaluated
 
 
-def test_int8(judge: Callable[..., Evaluation]) -> None:
-    ours, plain = judge("int8"), judge("int8", bf16.nearest)
-    print(f"{ours.divergence:.5f} nats a token, plain rounding {plain.divergence:.5f}")
+@pytest.mark.parametrize(("quant", "most", "ratio"), [("int8", 0.005, 0.7), ("int4", 0.4, 0.95)])
+def test_quantising(judge: Callable[..., Evaluation], quant: module.Quant, most: float, ratio: float) -> None:
+    """Divergence in nats a token, and beside that of plain rounding. Of int4, benchmarks/README.md tells more."""
+    ours, plain = judge(quant), judge(quant, bf16.nearest)
+    print(f"{quant}: {ours.divergence:.5f} nats a token, plain rounding {plain.divergence:.5f}")
     assert ours.divergence is not None
     assert plain.divergence is not None
-    assert ours.divergence < 0.005
-    assert ours.divergence < 0.7 * plain.divergence
+    assert ours.divergence < most
+    assert ours.divergence < ratio * plain.divergence

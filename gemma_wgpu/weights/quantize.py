@@ -2,13 +2,18 @@
 
 Round-to-nearest on a block's largest weight wastes levels: a scale that clips that weight, or one that lets the
 others fall nearer to the grid, often has less error. So each block tries a range of scales. Given the numbers q
-that a scale leads to, the best scale is a least-squares fit, in closed form; that scores the try. The best of
-them is refined by turns, numbers for the scale and a scale for the numbers, with scales as float16 holds them.
+that a scale leads to, the best scale is a least-squares fit, in closed form, rounded to float16. The best of them
+is refined by turns, numbers for the scale and a scale for the numbers.
+
+Without an offset, an error counts w^2 + mean(w^2) times, the mean over its block: a weight that is large moves the
+output more. In int4, on a real 270M, that leaves 0.30 nats a token of divergence, and plain least squares 0.35; with
+an offset it is the other way round, 0.17 and 0.15 (benchmarks/quantization.py).
 
 Weights that lie on a grid of their own (w = d * q, as those of quantisation-aware training do) find it again,
 since the levels that a grid's outermost weight can have are among the tries.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -126,24 +131,36 @@ class _Search:
         self._low, self._high = values.min(axis=0), values.max(axis=0)
         if not max(-self._low.min(), self._high.max()) < _MOST:  # not so for NaN either
             raise _unreachable()
-        self._mean = values.mean(axis=0) if grid.offset else np.zeros(values.shape[1], np.float32)
-        self._centred = values - self._mean if grid.offset else values
+        if grid.offset:
+            self._mean = values.mean(axis=0)
+            self._weighted = values - self._mean
+            self._worth = np.ones_like(values)  # of an error
+        else:
+            outermost = np.maximum(self._high, -self._low)
+            squares = (values / np.where(outermost > _LEAST, outermost, np.inf)) ** 2
+            self._worth = squares + squares.mean(axis=0)
+            self._weighted = self._worth * values
         self._scratch = np.empty_like(values)
         self._numbers = np.empty_like(values)
 
     def run(self) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
         """The scale and the offset of every block."""
-        d, m = self._fit(self._best_try())
-        best_d, best_m = d, m
-        least = np.full(len(d), np.inf)
+        self._best = np.zeros((2, self._values.shape[1]), np.float16)
+        self._least = np.full(self._values.shape[1], np.inf)
+        for numbers in self._tries():
+            self._consider(*self._fit(numbers), numbers)
         for _ in range(_ROUNDS):
-            numbers = self.nearest(d, m)
-            error = self._error(numbers, d, m)
-            better = error < least
-            least = np.where(better, error, least)
-            best_d, best_m = np.where(better, d, best_d), np.where(better, m, best_m)
-            d, m = self._fit(numbers)
-        return best_d, best_m
+            d, m = self._fit(self.nearest(*self._best))
+            self._consider(d, m, self.nearest(d, m))
+        d, m = self._best
+        return d, m
+
+    def _consider(self, d: NDArray[np.float16], m: NDArray[np.float16], numbers: Floats) -> None:
+        """Keep the scales and offsets that have less error than the best ones so far."""
+        error = self._error(numbers, d, m)
+        better = error < self._least
+        self._least[better] = error[better]
+        self._best[:, better] = d[better], m[better]
 
     def nearest(self, d: NDArray[np.float16], m: NDArray[np.float16]) -> Floats:
         """The numbers (32, n) that `d` and `m` bring nearest to the weights. Overwritten by the next call."""
@@ -153,8 +170,8 @@ class _Search:
         )
         return self._whole(np.divide(source, divisor, out=self._numbers))
 
-    def _best_try(self) -> Floats:
-        """The numbers (32, n) of each block's best try."""
+    def _tries(self) -> Iterator[Floats]:
+        """The numbers (32, n) of every try, overwritten by the next one."""
         low, high = self._low, self._high
         if self._grid.offset:
             span = high - low
@@ -162,47 +179,34 @@ class _Search:
         else:
             outermost = np.where(high > -low, high, low)
             unit = self._values / np.where(np.abs(outermost) > _LEAST, -outermost, np.inf)
-        best = np.full(len(low), -np.inf)
-        best_k, best_o = np.zeros_like(low), np.zeros_like(low)
         for k, o in self._grid.tries:
             numbers = np.multiply(unit, np.float32(k), out=self._numbers)
             if self._grid.offset:
                 numbers += np.float32(o)
-            covariance, variance = self._sums(self._whole(numbers))
-            d = _halves(covariance / np.maximum(variance, _LEAST)).astype(np.float64)
-            explained = d * (2 * covariance - d * variance)  # of the sum of squares; the rest is the error
-            better = explained > best
-            best = np.where(better, explained, best)
-            best_k[better], best_o[better] = k, o
-        return self._whole(unit * best_k + best_o)
+            yield self._whole(numbers)
 
     def _whole(self, numbers: Floats) -> Floats:
         return np.rint(np.clip(numbers, self._grid.low, self._grid.high, out=numbers), out=numbers)
 
-    def _sums(self, numbers: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What least squares needs: sums over each block of weight x number and of number squared, both about
-        their means where there is an offset.
-        """
-        covariance = _sum(np.multiply(self._centred, numbers, out=self._scratch))
-        variance = _sum(np.multiply(numbers, numbers, out=self._scratch))
-        if self._grid.offset:
-            variance -= _sum(numbers) ** 2 / BLOCK
-        return covariance, variance
-
     def _fit(self, numbers: Floats) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
         """The scale and the offset with the least squared error for `numbers`."""
-        covariance, variance = self._sums(numbers)
-        d = _halves(covariance / np.maximum(variance, _LEAST))
-        # The offset that is best for the scale as rounded.
-        mean = _sum(numbers) / BLOCK if self._grid.offset else 0.0
-        return d, _halves(self._mean - d * mean)
+        covariance = _sum(np.multiply(self._weighted, numbers, out=self._scratch))
+        np.multiply(self._worth, numbers, out=self._scratch)
+        variance = _sum(np.multiply(self._scratch, numbers, out=self._scratch))
+        if not self._grid.offset:
+            d = _halves(covariance / np.maximum(variance, _LEAST))
+            return d, np.zeros_like(d)
+        mean = _sum(numbers) / BLOCK
+        d = _halves(covariance / np.maximum(variance - BLOCK * mean**2, _LEAST))
+        return d, _halves(self._mean - d * mean)  # the offset that is best for the scale as rounded
 
     def _error(self, numbers: Floats, d: NDArray[np.float16], m: NDArray[np.float16]) -> NDArray[np.float64]:
         weights = np.multiply(numbers, d.astype(np.float32), out=self._scratch)
         if self._grid.offset:
             weights += m.astype(np.float32)
         weights -= self._values
-        return _sum(np.multiply(weights, weights, out=weights))
+        np.multiply(weights, weights, out=weights)
+        return _sum(np.multiply(self._worth, weights, out=weights))
 
 
 def _sum(array: Floats) -> NDArray[np.float64]:
