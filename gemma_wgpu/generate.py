@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ from gemma_wgpu.errors import DeviceError
 from gemma_wgpu.model import Model
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.tokenizer import Tokenizer
+
+_LATENESS = 0.005  # seconds from a step's end on the GPU to the next one's submission by a host that waits for it
 
 
 @dataclass(frozen=True)
@@ -155,21 +158,22 @@ class Generation:
         return "length" if self.stats.new_tokens == self._max_new_tokens else "context"
 
     async def _tokens(self) -> AsyncIterator[int]:
-        """The tokens as they come from the GPU, which is always a step ahead of the host."""
+        """The tokens as they come from the GPU, which is always some steps ahead of the host."""
         model, stats, length = self._model, self.stats, len(self._prompt)
         most = min(self._max_new_tokens, model.context_length - length + 1)
         started = time.perf_counter()
         turn = model.begin(self._prompt, self.sampling)
         await model.prefill(length)
-        model.sample()
-        pending = model.read_token(length)
+        pending = deque([model.sample(length)])
         stats.dispatches_per_token = model.decode_dispatches
+        submitted = 1
         for n in range(1, most + 1):
-            following = None
-            if n < most:
-                model.decode()
-                following = model.read_token(length + n)
-            token = int((await pending).view(np.uint32)[0])
+            # Steps past the end of the text are for nothing, so only as many ahead as a host may be late.
+            ahead = 1 + int(_LATENESS * stats.decode_tokens_per_second)
+            while submitted < min(most, n + ahead):
+                pending.append(model.decode(length + submitted))
+                submitted += 1
+            token = int((await pending.popleft()).view(np.uint32)[0])
             now = time.perf_counter()
             if n == 1:
                 stats.prefill_seconds, started = now - started, now
@@ -178,5 +182,3 @@ class Generation:
                 raise DeviceError(f"{model.device.info} computed logits that are no numbers; try precision='f32'")
             yield token
             model.check(turn)
-            if following is not None:
-                pending = following

@@ -415,17 +415,14 @@ class Model:
         self._set_state(position, count)
         self.device.submit([self._decode_program if count == 1 else self._prefill_program(count)])
 
-    def sample(self) -> None:
-        """Choose a token after those of the last step, append it, and make it the next step's."""
-        self.device.submit([self._head_program, self._sample_program])
+    def sample(self, position: int) -> Awaitable[NDArray[np.uint8]]:
+        """Choose the token after those of the last step, which is that at `position`: its id is in the 4 bytes."""
+        return self.device.read(self.tokens, 4 * position, 4, after=[self._head_program, self._sample_program])
 
-    def decode(self) -> None:
-        """The next step's token through the layers, and the one after it chosen."""
-        self.device.submit([self._decode_program, self._head_program, self._sample_program])
-
-    def read_token(self, position: int) -> Awaitable[NDArray[np.uint8]]:
-        """The token at `position` of the sequence, 4 bytes, as it is after what was submitted so far."""
-        return self.device.read(self.tokens, 4 * position, 4)
+    def decode(self, position: int) -> Awaitable[NDArray[np.uint8]]:
+        """The last token through the layers, and `sample`."""
+        programs = [self._decode_program, self._head_program, self._sample_program]
+        return self.device.read(self.tokens, 4 * position, 4, after=programs)
 
     async def prompt_logits(self, length: int, first: int) -> AsyncIterator[NDArray[np.float32]]:
         """Prefill `length` tokens; the logits after those from `first` on, some rows (n, vocab_size) at a time."""
