@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import DeviceError
-from gemma_wgpu.model import Model
+from gemma_wgpu.model import ROLLBACK, Model
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.tokenizer import Tokenizer
 
@@ -38,10 +38,12 @@ class Stats:
 
     `finish_reason` is "eos" (the model ended its text), "stop" (a stop string), "length" (max_new_tokens),
     "context" (the context is full), "interrupted", or None while it runs. `prefill_seconds` lasts until the first
-    token, `decode_seconds` from there. `new_tokens` counts the token that ended the text.
+    token, `decode_seconds` from there. `new_tokens` counts the token that ended the text, `reused_tokens` those of
+    the prompt that the cache held.
     """
 
     prompt_tokens: int
+    reused_tokens: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -50,8 +52,9 @@ class Stats:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Of the prompt."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Of the prompt, but for the tokens that were in the cache already."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -163,13 +166,14 @@ class Generation:
         most = min(self._max_new_tokens, model.context_length - length + 1)
         started = time.perf_counter()
         turn = model.begin(self._prompt, self.sampling)
-        await model.prefill(length)
+        stats.reused_tokens = model.sequence.computed
+        await model.prefill()
         pending = deque([model.sample(length)])
         stats.dispatches_per_token = model.decode_dispatches
         submitted = 1
         for n in range(1, most + 1):
             # Steps past the end of the text are for nothing, so only as many ahead as a host may be late.
-            ahead = 1 + int(_LATENESS * stats.decode_tokens_per_second)
+            ahead = min(1 + int(_LATENESS * stats.decode_tokens_per_second), ROLLBACK)
             while submitted < min(most, n + ahead):
                 pending.append(model.decode(length + submitted))
                 submitted += 1
@@ -180,5 +184,7 @@ class Generation:
             stats.decode_seconds = now - started
             if token >= model.config.vocab_size:
                 raise DeviceError(f"{model.device.info} computed logits that are no numbers; try precision='f32'")
+            model.check(turn)
+            model.sequence.ids.append(token)
             yield token
             model.check(turn)
