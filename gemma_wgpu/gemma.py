@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu import session
 from gemma_wgpu.chat import Message, encode_chat
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import DeviceError, RequestError
@@ -161,9 +162,34 @@ class Gemma:
             yield rows
 
     async def _logit_rows(self, ids: NDArray[np.uint32], first: int) -> AsyncIterator[NDArray[np.float32]]:
-        self._model.begin(ids, Sampling(seed=0))
-        async for rows in self._model.prompt_logits(len(ids), first):
+        self._model.begin(ids, Sampling(seed=0), first)
+        async for rows in self._model.prompt_logits(first):
             yield rows
+
+    def save_session(self, path: str | Path) -> None:
+        """Write what the cache holds to a file, for `load_session`: some KB a token.
+
+        Raises RequestError when the file cannot be written.
+        """
+        self._model.device.wait(self.save_session_async(path))
+
+    async def save_session_async(self, path: str | Path) -> None:
+        """`save_session`, for an event loop."""
+        self._check_open()
+        await session.save(self._model, Path(path))
+
+    def load_session(self, path: str | Path) -> list[int]:
+        """Fill the cache from a file of `save_session`: a prompt that begins with these tokens starts at once.
+
+        Returns the tokens. Raises RequestError for a file that is missing or damaged, of another model or precision,
+        or longer than the context.
+        """
+        self._check_open()
+        return session.restore(self._model, Path(path))
+
+    def reset(self) -> None:
+        """Forget what is in the cache, so that the next prompt is computed from its first token."""
+        self._model.sequence.forget()
 
     def close(self) -> None:
         """Free the GPU's memory. Idempotent; other methods raise DeviceError from then on."""
@@ -176,9 +202,12 @@ class Gemma:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _checked(self, ids: Sequence[int]) -> NDArray[np.uint32]:
+    def _check_open(self) -> None:
         if self._closed:
             raise DeviceError("this model was closed; load it again")
+
+    def _checked(self, ids: Sequence[int]) -> NDArray[np.uint32]:
+        self._check_open()
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise RequestError(f"a prompt is a text or a list of token ids, not {type(ids).__name__}")
         vocab = self.config.vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import DeviceError
-from gemma_wgpu.model import Model
+from gemma_wgpu.model import ROLLBACK, Model
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.tokenizer import Tokenizer
+
+_LATENESS = 0.005  # seconds from a step's end on the GPU to the next one's submission by a host that waits for it
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,12 @@ class Stats:
 
     `finish_reason` is "eos" (the model ended its text), "stop" (a stop string), "length" (max_new_tokens),
     "context" (the context is full), "interrupted", or None while it runs. `prefill_seconds` lasts until the first
-    token, `decode_seconds` from there. `new_tokens` counts the token that ended the text.
+    token, `decode_seconds` from there. `new_tokens` counts the token that ended the text, `reused_tokens` those of
+    the prompt that the cache held.
     """
 
     prompt_tokens: int
+    reused_tokens: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -47,8 +52,9 @@ class Stats:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Of the prompt."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Of the prompt, but for the tokens that were in the cache already."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -155,28 +161,30 @@ class Generation:
         return "length" if self.stats.new_tokens == self._max_new_tokens else "context"
 
     async def _tokens(self) -> AsyncIterator[int]:
-        """The tokens as they come from the GPU, which is always a step ahead of the host."""
+        """The tokens as they come from the GPU, which is always some steps ahead of the host."""
         model, stats, length = self._model, self.stats, len(self._prompt)
         most = min(self._max_new_tokens, model.context_length - length + 1)
         started = time.perf_counter()
         turn = model.begin(self._prompt, self.sampling)
-        await model.prefill(length)
-        model.sample()
-        pending = model.read_token(length)
+        stats.reused_tokens = model.sequence.computed
+        await model.prefill()
+        pending = deque([model.sample(length)])
         stats.dispatches_per_token = model.decode_dispatches
+        submitted = 1
         for n in range(1, most + 1):
-            following = None
-            if n < most:
-                model.decode()
-                following = model.read_token(length + n)
-            token = int((await pending).view(np.uint32)[0])
+            # Steps past the end of the text are for nothing, so only as many ahead as a host may be late.
+            ahead = min(1 + int(_LATENESS * stats.decode_tokens_per_second), ROLLBACK)
+            while submitted < min(most, n + ahead):
+                pending.append(model.decode(length + submitted))
+                submitted += 1
+            token = int((await pending.popleft()).view(np.uint32)[0])
             now = time.perf_counter()
             if n == 1:
                 stats.prefill_seconds, started = now - started, now
             stats.decode_seconds = now - started
             if token >= model.config.vocab_size:
                 raise DeviceError(f"{model.device.info} computed logits that are no numbers; try precision='f32'")
+            model.check(turn)
+            model.sequence.ids.append(token)
             yield token
             model.check(turn)
-            if following is not None:
-                pending = following

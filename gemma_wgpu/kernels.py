@@ -215,6 +215,7 @@ class Kernels:
             "HEAD_DIM": shape.head_dim,
             "EPS": shape.eps,
             "SCALE": shape.scale,
+            "WINDOW": shape.window,
             "CAPACITY": shape.capacity,
             "SPLITS": splits,
         }

@@ -6,6 +6,7 @@ decode reads one and writes the other, since all of its workgroups read what one
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +20,14 @@ from gemma_wgpu.gpu.device import Adapter, Buffer, Device, Dispatch, Program
 from gemma_wgpu.gpu.ledger import Ledger
 from gemma_wgpu.kernels import VOCABULARY_PART, Attention, Kernels, ceil_div
 from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.sequence import Sequence
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint
 from gemma_wgpu.weights.upload import Advance, Matrix, upload
 
 # GeGLU's product can pass the range of float16 before the down projection; this power of two keeps it inside.
 _GEGLU_SCALE = 2.0**-6
 PREFILL_CHUNK = 512
+ROLLBACK = 32  # positions that a local layer keeps beyond its window, so that a sequence can go back so far
 _SMALLEST_CHUNK = 32
 _LOGITS_BYTES = 64 << 20  # at most, of the buffer that `logits` reads from
 
@@ -68,6 +71,8 @@ class Model:
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
         self._kernels = Kernels(device, half=half)
+        window = min(config.sliding_window, context_length)
+        self.sequence = Sequence(window, self._capacity(window))
         self.turn = 0
         self._prefill_programs: dict[int, Program] = {}
 
@@ -84,6 +89,7 @@ class Model:
     async def load(self, checkpoint: Checkpoint, advance: Advance) -> None:
         """Put the weights on the GPU; `advance` is told the bytes as they arrive."""
         before = self.device.allocated
+        self._identity = hashlib.sha256(f"{self.config} {checkpoint.quantization}".encode())
         self.embedding = await upload(self.device, [checkpoint.tensor(EMBEDDING)], EMBEDDING, advance)
         self.layers = []
         for layer in range(self.config.num_hidden_layers):
@@ -92,6 +98,11 @@ class Model:
         last = f"model.layers.{self.config.num_hidden_layers - 1}.post_feedforward_layernorm.weight"
         self.final_norms = self._norms(checkpoint, last, "model.norm.weight")
         self.weight_bytes = self.device.allocated - before
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart: by their shape, their quantisation, and their norms, which no two trainings share."""
+        return self._identity.hexdigest()
 
     def _attention(self, layer: int) -> Attention:
         config, window = self.config, self.context_length
@@ -104,8 +115,11 @@ class Model:
             config.query_pre_attn_scalar**-0.5,
             config.rms_norm_eps,
             window=window,
-            capacity=window,
+            capacity=self._capacity(window),
         )
+
+    def _capacity(self, window: int) -> int:
+        return min(window + ROLLBACK, self.context_length)
 
     async def _load_layer(self, checkpoint: Checkpoint, index: int, advance: Advance) -> Layer:
         prefix = f"model.layers.{index}"
@@ -138,11 +152,17 @@ class Model:
         )
 
     def _norms(self, checkpoint: Checkpoint, first: str, second: str) -> Buffer:
-        return self.device.upload(np.concatenate((checkpoint.norm(first), checkpoint.norm(second))), second)
+        factors = np.concatenate((checkpoint.norm(first), checkpoint.norm(second)))
+        self._identity.update(factors.tobytes())
+        return self.device.upload(factors, second)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a position's keys in one layer, or of its values."""
+        return self.config.key_value_size * (2 if self.half else 4)
 
     def _cache(self, shape: Attention, label: str) -> Buffer:
-        size = shape.capacity * shape.kv_heads * shape.head_dim
-        return self.device.buffer(size * (2 if self.half else 4), label)
+        return self.device.buffer(shape.capacity * self.slot_bytes, label)
 
     def _rope(self, is_global: bool) -> Buffer:
         """The table that shaders/rope.wgsl describes.
@@ -383,11 +403,13 @@ class Model:
 
     # What generation and `logits` ask for.
 
-    def begin(self, ids: NDArray[np.uint32], sampling: Sampling) -> int:
-        """Make `ids`, at most `context_length` of them, the sequence. Nothing of it is in the cache yet.
+    def begin(self, ids: NDArray[np.uint32], sampling: Sampling, first: int | None = None) -> int:
+        """Make `ids`, at most `context_length` of them, the sequence.
 
-        Returns the new `turn`, which tells whether the sequence is still the same one.
+        What of them is in the cache already stays, up to the position `first`, whose logits are wanted; by default
+        the last one. Returns the new `turn`, which tells whether the sequence is still the same one.
         """
+        self.sequence.begin(ids.tolist(), len(ids) - 1 if first is None else first)
         seen = np.zeros(self.seen.size // 4, np.uint32)
         np.bitwise_or.at(seen, ids // 32, np.uint32(1) << (ids % 32))
         self.device.write(self.seen, seen)
@@ -401,11 +423,11 @@ class Model:
         if self.turn != turn:
             raise RequestError("this generation ended when the model was given something else to do")
 
-    async def prefill(self, length: int) -> None:
-        """The first `length` tokens of the sequence through the layers, into the cache, in chunks."""
-        turn = self.turn
-        for start in range(0, length, self.prefill_chunk):
-            if start:  # never more than a chunk ahead of the GPU, so that an interrupt is heard
+    async def prefill(self) -> None:
+        """What of the sequence is not in the cache through the layers, in chunks."""
+        turn, length, first = self.turn, len(self.sequence.ids), self.sequence.computed
+        for start in range(first, length, self.prefill_chunk):
+            if start > first:  # never more than a chunk ahead of the GPU, so that an interrupt is heard
                 await self.device.read(self.state)
                 self.check(turn)
             self._prefill_one(start, min(self.prefill_chunk, length - start))
@@ -414,25 +436,23 @@ class Model:
         """Tokens [position, position + count) of the sequence, at most `prefill_chunk`, through the layers."""
         self._set_state(position, count)
         self.device.submit([self._decode_program if count == 1 else self._prefill_program(count)])
+        self.sequence.advance(position + count)
 
-    def sample(self) -> None:
-        """Choose a token after those of the last step, append it, and make it the next step's."""
-        self.device.submit([self._head_program, self._sample_program])
+    def sample(self, position: int) -> Awaitable[NDArray[np.uint8]]:
+        """Choose the token after those of the last step, which is that at `position`: its id is in the 4 bytes."""
+        return self.device.read(self.tokens, 4 * position, 4, after=[self._head_program, self._sample_program])
 
-    def decode(self) -> None:
-        """The next step's token through the layers, and the one after it chosen."""
-        self.device.submit([self._decode_program, self._head_program, self._sample_program])
+    def decode(self, position: int) -> Awaitable[NDArray[np.uint8]]:
+        """The last token through the layers, and `sample`."""
+        self.sequence.advance(position)
+        programs = [self._decode_program, self._head_program, self._sample_program]
+        return self.device.read(self.tokens, 4 * position, 4, after=programs)
 
-    def read_token(self, position: int) -> Awaitable[NDArray[np.uint8]]:
-        """The token at `position` of the sequence, 4 bytes, as it is after what was submitted so far."""
-        return self.device.read(self.tokens, 4 * position, 4)
-
-    async def prompt_logits(self, length: int, first: int) -> AsyncIterator[NDArray[np.float32]]:
-        """Prefill `length` tokens; the logits after those from `first` on, some rows (n, vocab_size) at a time."""
+    async def prompt_logits(self, first: int) -> AsyncIterator[NDArray[np.float32]]:
+        """Prefill the sequence; the logits after its tokens from `first` on, some rows (n, vocab_size) at a time."""
         n, buffer, program = self._chunk_head
-        vocab = self.config.vocab_size
-        turn = self.turn
-        for position in range(0, length, self.prefill_chunk):
+        vocab, turn, length = self.config.vocab_size, self.turn, len(self.sequence.ids)
+        for position in range(self.sequence.computed, length, self.prefill_chunk):
             count = min(self.prefill_chunk, length - position)
             self.check(turn)
             self._prefill_one(position, count)

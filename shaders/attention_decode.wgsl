@@ -1,8 +1,7 @@
 // Attention of one token, with all that surrounds it at decode: QK-norm, RoPE, the cache write, softmax(q K^T) V.
 //     q = SCALE rotate(q_weight * q / rms(q), p)      k = rotate(k_weight * k / rms(k), p)
-//     out[h] = sum_j softmax_j(q[h] . k_j) v_j        over the last min(p + 1, CAPACITY) positions j
-// The cache is a ring: position j lies at slot j % CAPACITY. A local layer's CAPACITY is the window, so that the ring is
-// the window; a global layer's is the context.
+//     out[h] = sum_j softmax_j(q[h] . k_j) v_j        over the last min(p + 1, WINDOW) positions j
+// The cache is a ring: position j lies at slot j % CAPACITY, and CAPACITY >= WINDOW.
 //
 // qkv f32 [HEADS + 2 KV_HEADS, HEAD_DIM]      norms f32 [2, HEAD_DIM]      rope: rope.wgsl
 // key_cache, value_cache half [CAPACITY, KV_HEADS, HEAD_DIM]
@@ -17,6 +16,7 @@ override KV_HEADS: u32;
 override HEAD_DIM: u32;
 override EPS: f32;
 override SCALE: f32;
+override WINDOW: u32;
 override CAPACITY: u32;
 override SPLITS: u32;
 override WORKGROUP_SIZE: u32;
@@ -46,7 +46,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let split = group.x;
     let kv_head = group.y;
     let position = state.position;
-    let length = min(position + 1u, CAPACITY);
+    let length = min(position + 1u, WINDOW);
     let oldest = position + 1u - length;
     let share = (length + SPLITS - 1u) / SPLITS;
     let first = min(split * share, length);

@@ -288,6 +288,36 @@ def test_a_seed_that_was_drawn_can_be_given_again(random: Gemma) -> None:
     assert tell(random, ids, max_new_tokens=1).generation.sampling.seed != seed
 
 
+SAMPLINGS = [
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    {"temperature": 1.5, "top_k": 0, "top_p": 1.0},
+    {"top_k": 5},
+    {"top_k": 0, "top_p": 0.7},
+    {"top_k": 0, "top_p": 1.0, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLINGS, ids=str)
+def test_however_far_ahead_the_gpu_is(
+    random: Gemma, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    for lateness in (0, 1e9):
+        monkeypatch.setattr("gemma_wgpu.generate._LATENESS", lateness)
+        texts.append(tell(random, prompt(5), seed=11, max_new_tokens=40, **options).ids)
+    assert texts[0] == texts[1]
+
+
+def test_steps_past_the_end_leave_nothing_behind(scripted: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma_wgpu.generate._LATENESS", 1e9)
+    assert tell(scripted, [LOOP[0]], stop="xy").text == "yz"
+    assert tell(scripted, STORY[:1]).text == " cat sat on a mat"
+    for _ in islice(scripted.generate([LOOP[0]], temperature=0), 2):
+        pass
+    assert tell(scripted, STORY[:1]).text == " cat sat on a mat"
+
+
 def test_a_loop_that_is_left_early(random: Gemma) -> None:
     whole = tell(random, prompt(9), max_new_tokens=12)
     for count in (0, 1, 5):

@@ -52,6 +52,18 @@ async (limits, features) => {
         return data;
     };
 
+    const encode = (encoder, programs) => {
+        const pass = encoder.beginComputePass();
+        for (const program of programs) {
+            for (const { pipeline, group, workgroups } of program) {
+                pass.setPipeline(pipeline);
+                pass.setBindGroup(0, group);
+                pass.dispatchWorkgroups(...workgroups);
+            }
+        }
+        pass.end();
+    };
+
     return {
         adapter,
         device,
@@ -107,23 +119,16 @@ async (limits, features) => {
         submit(...programs) {
             checkAlive();
             const encoder = device.createCommandEncoder();
-            const pass = encoder.beginComputePass();
-            for (const program of programs) {
-                for (const { pipeline, group, workgroups } of program) {
-                    pass.setPipeline(pipeline);
-                    pass.setBindGroup(0, group);
-                    pass.dispatchWorkgroups(...workgroups);
-                }
-            }
-            pass.end();
+            encode(encoder, programs);
             queue.submit([encoder.finish()]);
         },
 
-        // A promise of the bytes as they are now.
-        read(buffer, offset, size) {
+        // A promise of the bytes as they are after the programs.
+        read(buffer, offset, size, ...programs) {
             checkAlive();
             const staging = stage(size);
             const encoder = device.createCommandEncoder();
+            if (programs.length) encode(encoder, programs);
             encoder.copyBufferToBuffer(buffer, offset, staging, 0, size);
             queue.submit([encoder.finish()]);
             const arrival = staging.mapAsync(GPUMapMode.READ, 0, size);

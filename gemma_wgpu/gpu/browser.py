@@ -112,12 +112,14 @@ class BrowserDevice(Device):
 
     def submit(self, programs: Sequence[Program]) -> None:
         with self.as_device_error("running on the GPU"):
-            self._gpu.submit(*(program.handle for program in programs))  # type: ignore[attr-defined]
+            self._gpu.submit(*_handles(programs))
 
-    def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> _Reading:
+    def read(
+        self, buffer: Buffer, offset: int = 0, size: int | None = None, *, after: Sequence[Program] = ()
+    ) -> _Reading:
         size = buffer.size - offset if size is None else size
         with self.as_device_error(f"reading buffer '{buffer.label}'"):
-            promise = self._gpu.read(_within(buffer, offset, size), offset, size)
+            promise = self._gpu.read(_within(buffer, offset, size), offset, size, *_handles(after))
         return _Reading(self, promise, buffer.label)
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -127,6 +129,10 @@ class BrowserDevice(Device):
         self._closed = True
         self._free()
         self._gpu.device.destroy()
+
+
+def _handles(programs: Sequence[Program]) -> list[Any]:
+    return [program.handle for program in programs]  # type: ignore[attr-defined]
 
 
 def _within(buffer: Buffer, offset: int, size: int) -> Any:

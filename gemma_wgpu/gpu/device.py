@@ -83,6 +83,7 @@ class Buffer:
             self._platform.destroy()
             self._platform = None
             self._device.allocated -= self.size
+            self._device.freed += 1
 
 
 class Pipeline:
@@ -117,10 +118,11 @@ class Device(abc.ABC):
     limits: Limits
     features: frozenset[str]
     allocated: int  # bytes in buffers that live
+    freed: int  # buffers, so far
 
     def __init__(self, adapter: Adapter) -> None:
         self.info, self.limits, self.features = adapter.info, adapter.limits, adapter.features
-        self.allocated = 0
+        self.allocated = self.freed = 0
         self._buffers: WeakSet[Buffer] = WeakSet()
         self._pipelines: dict[tuple[object, ...], Pipeline] = {}
 
@@ -189,11 +191,14 @@ class Device(abc.ABC):
         """
 
     @abc.abstractmethod
-    def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> Awaitable[NDArray[np.uint8]]:
-        """Bytes `offset` to `offset + size` of `buffer`, as they are after everything submitted before this call.
+    def read(
+        self, buffer: Buffer, offset: int = 0, size: int | None = None, *, after: Sequence[Program] = ()
+    ) -> Awaitable[NDArray[np.uint8]]:
+        """Bytes `offset` to `offset + size` of `buffer`, as they are after everything submitted before this call and
+        the programs of `after`, which are submitted with it.
 
-        The call itself puts the copy on the queue, not the await. `offset` and `size` are multiples of 4.
-        Raises DeviceError where the device was lost.
+        The call itself puts them and the copy on the queue, not the await. `offset` and `size` are multiples of 4.
+        Raises DeviceError where the device was lost, and as `submit` does.
         """
 
     @abc.abstractmethod

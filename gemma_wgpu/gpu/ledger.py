@@ -41,7 +41,9 @@ class Ledger(Device):
     def submit(self, programs: Sequence[Program]) -> None:
         self._refuse()
 
-    def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> Awaitable[NDArray[np.uint8]]:
+    def read(
+        self, buffer: Buffer, offset: int = 0, size: int | None = None, *, after: Sequence[Program] = ()
+    ) -> Awaitable[NDArray[np.uint8]]:
         self._refuse()
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:

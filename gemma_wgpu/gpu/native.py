@@ -12,6 +12,7 @@ import numpy as np
 import wgpu
 from numpy.typing import NDArray
 from wgpu.backends.wgpu_native import ffi, lib
+from wgpu.backends.wgpu_native._api import libf
 
 from gemma_wgpu.errors import DeviceError
 from gemma_wgpu.gpu.device import (
@@ -83,10 +84,12 @@ class _Interrupts:
 class _NativeProgram(Program):
     """Keeps the Python objects alive, and the raw handles that the replay loop passes to wgpu-native."""
 
-    def __init__(self, dispatches: Sequence[Dispatch], groups: list[Any]) -> None:
+    def __init__(self, device: NativeDevice, dispatches: Sequence[Dispatch], groups: list[Any]) -> None:
         self.dispatches = tuple(dispatches)
+        self._device = device
         self._groups = groups
         self._buffers = {buffer for dispatch in dispatches for buffer in dispatch.bindings}
+        self._freed = device.freed
         self.calls = [
             (d.pipeline.handle._internal, group._internal, *d.workgroups)
             for d, group in zip(dispatches, groups, strict=True)
@@ -94,16 +97,23 @@ class _NativeProgram(Program):
 
     def check(self) -> None:
         """Raise DeviceError where a buffer was freed: wgpu-native would end the process."""
-        for buffer in self._buffers:
-            _ = buffer.handle
+        if self._freed != self._device.freed:
+            for buffer in self._buffers:
+                _ = buffer.handle
+            self._freed = self._device.freed
 
 
 class _Mapped:
-    """A readback under way: awaits the mapping of its staging buffer, or blocks where the device was told to."""
+    """A readback under way: awaits the mapping of its staging buffer, or blocks where the device was told to.
 
-    def __init__(self, device: NativeDevice, staging: Any, size: int) -> None:
+    `submission` is wgpu-native's index of the submission that fills the buffer.
+    """
+
+    def __init__(self, device: NativeDevice, staging: Any, size: int, submission: int) -> None:
         self._device, self._staging, self._size = device, staging, size
-        self._promise = staging.map_async(wgpu.MapMode.READ, 0, size)
+        self._submission = ffi.new("WGPUSubmissionIndex *", submission)
+        # What wgpu-py would submit besides is for buffers that were written to just now.
+        self._promise = staging.map_async("READ_NOSYNC", 0, size)
         if device.blocking:  # an event loop that runs all the same may be closed before the read comes
             self._promise._call_soon_threadsafe = None
 
@@ -120,7 +130,9 @@ class _Mapped:
         return data
 
     def _wait(self) -> None:
-        # wgpu-py's own sync_wait waits for ever once the device is destroyed.
+        # wgpu-py waits for all that was submitted, also what came after the read.
+        self._device.poll(self._submission)
+        # Nor does it ever stop waiting once the device is destroyed.
         while not self._promise._thread_event.wait(timeout=0.5):
             self._device.interrupts.check()
             if self._device.is_destroyed:
@@ -180,36 +192,49 @@ class NativeDevice(Device):
                 ]
                 layout = dispatch.pipeline.handle.get_bind_group_layout(0)
                 groups.append(self._device.create_bind_group(layout=layout, entries=entries))
-        return _NativeProgram(dispatches, groups)
+        return _NativeProgram(self, dispatches, groups)
 
     def submit(self, programs: Sequence[Program]) -> None:
-        for program in programs:
-            program.check()  # type: ignore[attr-defined]
-        # Raw wgpu-native calls: wgpu-py's own, with their checks, cost 6 to 15 microseconds a dispatch. An error in
-        # one of them comes out of finish() or submit(), which are checked.
-        set_pipeline = lib.wgpuComputePassEncoderSetPipeline
-        set_bind_group = lib.wgpuComputePassEncoderSetBindGroup
-        dispatch = lib.wgpuComputePassEncoderDispatchWorkgroups
         with _as_device_error("running on the GPU"):
-            encoder = self._device.create_command_encoder()
-            compute = encoder.begin_compute_pass()
-            raw, null = compute._internal, ffi.NULL
-            for program in programs:
-                for pipeline, group, x, y, z in program.calls:  # type: ignore[attr-defined]
-                    set_pipeline(raw, pipeline)
-                    set_bind_group(raw, 0, group, 0, null)
-                    dispatch(raw, x, y, z)
-            compute.end()
-            self._device.queue.submit([encoder.finish()])
+            self._run(programs)
 
-    def read(self, buffer: Buffer, offset: int = 0, size: int | None = None) -> _Mapped:
+    def read(
+        self, buffer: Buffer, offset: int = 0, size: int | None = None, *, after: Sequence[Program] = ()
+    ) -> _Mapped:
         size = buffer.size - offset if size is None else size
         with _as_device_error(f"reading buffer '{buffer.label}'"):
-            staging = self._stage(size)
-            encoder = self._device.create_command_encoder()
-            encoder.copy_buffer_to_buffer(buffer.handle, offset, staging, 0, size)
-            self._device.queue.submit([encoder.finish()])
-            return _Mapped(self, staging, size)
+            source, staging = buffer.handle, self._stage(size)
+            submission = self._run(after, source._internal, offset, staging._internal, 0, size)
+            return _Mapped(self, staging, size, submission)
+
+    def _run(self, programs: Sequence[Program], *copy: Any) -> int:
+        """Submit programs, then a copy if there is one; wgpu-native's index of the submission.
+
+        By raw wgpu-native calls: wgpu-py's own, with their checks, cost 6 to 15 microseconds a dispatch. An error in
+        one of them comes out of the two that are checked, those of libf.
+        """
+        for program in programs:
+            program.check()  # type: ignore[attr-defined]
+        null = ffi.NULL
+        encoder = lib.wgpuDeviceCreateCommandEncoder(self._device._internal, null)
+        try:
+            if programs:
+                _encode(encoder, programs)
+            if copy:
+                lib.wgpuCommandEncoderCopyBufferToBuffer(encoder, *copy)
+            commands = libf.wgpuCommandEncoderFinish(encoder, null)
+        finally:
+            lib.wgpuCommandEncoderRelease(encoder)
+        try:
+            batch = ffi.new("WGPUCommandBuffer[]", [commands])
+            return int(libf.wgpuQueueSubmitForIndex(self._device.queue._internal, 1, batch))
+        finally:
+            lib.wgpuCommandBufferRelease(commands)
+
+    def poll(self, submission: Any) -> None:
+        """Wait until the GPU is done with a submission."""
+        if not self.is_destroyed:
+            lib.wgpuDevicePoll(self._device._internal, True, submission)
 
     def _stage(self, size: int) -> Any:
         for i, staging in enumerate(self._staging):
@@ -246,6 +271,21 @@ class NativeDevice(Device):
         if not self.is_destroyed:
             self._device.destroy()
         self.allocated = 0
+
+
+def _encode(encoder: Any, programs: Sequence[Program]) -> None:
+    set_pipeline = lib.wgpuComputePassEncoderSetPipeline
+    set_bind_group = lib.wgpuComputePassEncoderSetBindGroup
+    dispatch = lib.wgpuComputePassEncoderDispatchWorkgroups
+    null = ffi.NULL
+    compute = lib.wgpuCommandEncoderBeginComputePass(encoder, null)
+    for program in programs:
+        for pipeline, group, x, y, z in program.calls:  # type: ignore[attr-defined]
+            set_pipeline(compute, pipeline)
+            set_bind_group(compute, 0, group, 0, null)
+            dispatch(compute, x, y, z)
+    lib.wgpuComputePassEncoderEnd(compute)
+    lib.wgpuComputePassEncoderRelease(compute)
 
 
 _REQUESTED = {

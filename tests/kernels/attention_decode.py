@@ -22,6 +22,7 @@ class Case:
     half: bool
     theta: float = 1e4
     gain: float = 1.0  # of the queries: large ones make the softmax sharp
+    spare: int = 0  # slots of the ring beyond the window
 
 
 # Few shapes in float16, since a CPU adapter compiles this shader for seconds.
@@ -29,6 +30,8 @@ CASES = (
     *(Case(4, 1, 256, 512, 1, (0, 1, 63, 64, 510, 511, 512, 513, 1027, 32767), half=half) for half in (False, True)),
     Case(4, 1, 256, 700, 4, (0, 1, 3, 4, 511, 512, 699, 700, 2000), half=False, theta=1e6),
     Case(4, 1, 256, 700, 4, (300, 699, 2000), half=False, gain=30.0),
+    Case(4, 1, 256, 544, 1, (0, 510, 511, 512, 543, 544, 1027), half=False, spare=32),
+    Case(2, 1, 64, 40, 3, (0, 9, 10, 39, 40, 41, 100), half=False, spare=30),
     Case(1, 1, 32, 16, 1, (0, 3, 7, 8, 15, 16, 17, 40), half=False),
     Case(2, 1, 64, 24, 3, (0, 1, 2, 3, 23, 24, 25, 100), half=False),
     Case(8, 4, 64, 33, 2, (0, 1, 31, 32, 33, 66), half=True),
@@ -38,7 +41,8 @@ CASES = (
 
 async def check(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.capacity)
-    shape = shape_of(case.heads, case.kv_heads, case.head_dim, case.capacity, case.capacity)
+    window = case.capacity - case.spare
+    shape = shape_of(case.heads, case.kv_heads, case.head_dim, window, case.capacity)
     norms = (rng.uniform(0.5, 1.5, (2, case.head_dim)) * [[case.gain], [1]]).astype(np.float32)
     cache_shape = case.capacity, case.kv_heads, case.head_dim
     out_shape = case.splits, case.heads, case.head_dim
@@ -48,7 +52,7 @@ async def check(device: Device, case: Case) -> None:
             bench.put(rope_table(case.head_dim, case.theta, max(case.positions) + 1)),
         )
         for position in case.positions:
-            slots = np.arange(max(0, position + 1 - case.capacity), position) % case.capacity
+            slots = np.arange(max(0, position + 1 - window), position) % case.capacity
             caches = np.full((2, *cache_shape), POISON, bench.half)
             caches[:, slots] = rng.standard_normal((2, len(slots), *cache_shape[1:]))
             key_cache, value_cache = (bench.put(cache, bench.half) for cache in caches)
