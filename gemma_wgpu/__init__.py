@@ -7,6 +7,7 @@ with gemma_wgpu.load("demo") as gemma:
         print(piece, end="", flush=True)
 """
 
+from gemma_wgpu import cache
 from gemma_wgpu.errors import DeviceError, GemmaError, ModelError, RequestError
 from gemma_wgpu.gemma import Gemma, load, load_async
 from gemma_wgpu.generate import Generation, Piece, Stats
@@ -22,6 +23,7 @@ __all__ = [
     "RequestError",
     "Sampling",
     "Stats",
+    "cache",
     "load",
     "load_async",
 ]

@@ -1,28 +1,29 @@
 """Model folders on plain static hosting, kept in a cache folder of this machine.
 
-In the cache each address has a folder, and in it each version of the model, by the hash of its manifest: a newer
-one never mixes with an older one. The manifest is written last, so that a folder without it is not whole.
+In the cache each address has a folder, with a file that says what the address is and each version of the model by the
+hash of its manifest: a newer one never mixes with an older one. The manifest is written last, so that a version
+without it is not whole.
 """
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.gpu.store import Cache, Cached, nothing_from
 from gemma_wgpu.weights.manifest import MANIFEST, File, Manifest
 
 if sys.platform == "win32":
@@ -30,6 +31,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 _TIMEOUT = 20.0  # seconds for which a server may be silent
@@ -37,6 +39,7 @@ _PAUSES = (1.0, 2.0, 4.0)  # seconds before each new try
 _LOCK_PATIENCE = 300.0  # seconds in which another process must get ahead; more than the above can take together
 _LOCK_INTERVAL = 0.1
 _CHUNK = 1 << 20
+_ADDRESS = "address"  # a file
 _LEGAL = "/%:@!$&'()*+,;=~?"  # characters of a path or query that stay as they are
 
 
@@ -61,11 +64,12 @@ def download(url: str, progress: Progress | None = None) -> Path:
         if kept:
             return kept
         raise ModelError(f"{address}: cannot be downloaded ({error}); try again later") from error
-    manifest = Manifest.from_json(data, address)
+    manifest = Manifest.from_web(data, address)
     version = _Version(url, home / hashlib.sha256(data).hexdigest()[:16], manifest)
     if not version.whole():
         with _writing(home):
             home.mkdir(parents=True, exist_ok=True)
+            (home / _ADDRESS).write_text(_address(url, "").rstrip("/"), encoding="utf-8")
         with _locked(home / "lock", version, progress):
             version.download(data, progress)
             for other in home.iterdir():
@@ -84,6 +88,42 @@ def cache_folder() -> Path:
     else:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return caches.absolute() / "gemma_wgpu"
+
+
+class Downloads(Cache):
+    """What `download` keeps."""
+
+    async def models(self) -> list[Cached]:
+        """All of them, by address."""
+        models = [Cached(url, _folder_size(home)) for url, home in _homes().items()]
+        return sorted(models, key=lambda model: model.url)
+
+    async def delete(self, url: str) -> None:
+        """Delete what came from an address. ModelError where that is nothing, or it cannot be deleted."""
+        home = _homes().get(url)
+        if home is None:
+            raise nothing_from(url)
+        with _writing(home):
+            shutil.rmtree(home)
+
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine made of the above to its end."""
+        try:
+            coroutine.send(None)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        raise AssertionError("nothing above awaits")
+
+
+def _homes() -> dict[str, Path]:
+    """By the address that it came from: the folder of each model in the cache, be it whole or not."""
+    files = cache_folder().glob(f"*/{_ADDRESS}")
+    return {file.read_text(encoding="utf-8"): file.parent for file in files}
+
+
+def _folder_size(folder: Path) -> int:
+    return sum(max(_size(path), 0) for path in folder.rglob("*") if path.is_file())
 
 
 class _TransferError(Exception):
@@ -202,7 +242,7 @@ def _go_on(address: str, file: File, part: Path, report: Callable[[int], None]) 
 
 
 def _manifest(address: str, pauses: tuple[float, ...]) -> bytes:
-    """A manifest.json, of which no more is known than that it is a JSON object."""
+    """What is at the address of a manifest.json."""
     for pause in (*pauses, None):
         try:
             with _open(address) as response, _network():
@@ -212,12 +252,6 @@ def _manifest(address: str, pauses: tuple[float, ...]) -> bytes:
             if pause is None:
                 raise
             time.sleep(pause)
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ModelError(f"{address}: not the manifest of a model folder; give the address of a folder that has one")
     return data
 
 

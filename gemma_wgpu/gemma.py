@@ -16,11 +16,11 @@ from gemma_wgpu.errors import DeviceError, RequestError
 from gemma_wgpu.generate import Generation
 from gemma_wgpu.gpu import open_device, open_device_sync
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.hub import find
+from gemma_wgpu.hub import open_model
 from gemma_wgpu.model import PREFILL_CHUNK, Model
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.tokenizer import Tokenizer
-from gemma_wgpu.weights.checkpoint import matrix_shapes, open_checkpoint
+from gemma_wgpu.weights.checkpoint import matrix_shapes
 
 PRECISIONS = ("auto", "f16", "f32")
 _CONTEXT_LENGTH = 4096
@@ -273,30 +273,30 @@ async def _load(
 ) -> Gemma:
     try:
         half = _half(precision, device)
-        with open_checkpoint(find(name, progress)) as checkpoint:
-            context_length = checked_context_length(context_length, checkpoint.config)
+        with await open_model(name, progress) as weights:
+            context_length = checked_context_length(context_length, weights.config)
             _check_count("prefill_chunk", prefill_chunk, 1 << 16)
             model = Model(
                 device,
-                checkpoint.config,
+                weights.config,
                 half=half,
                 context_length=context_length,
                 prefill_chunk=min(prefill_chunk, context_length),
             )
-            matrices = [checkpoint.tensor(matrix) for matrix in matrix_shapes(checkpoint.config)]
+            matrices = [weights.tensor(matrix) for matrix in matrix_shapes(weights.config)]
             total = sum(4 * (m.layout.quant_words(*m.shape) + m.layout.scale_words(*m.shape)) for m in matrices)
             arrived = 0
 
             def advance(count: int) -> None:
                 nonlocal arrived
                 arrived += count
-                if progress is not None:
+                if progress is not None and not weights.reports_progress:
                     progress(arrived, total)
 
-            tokenizer = checkpoint.tokenizer()
+            tokenizer = weights.tokenizer()
             model.allocate()
-            await model.load(checkpoint, advance)
-            return Gemma(checkpoint.name, checkpoint.quantization, model, tokenizer)
+            await model.load(weights, advance)
+            return Gemma(weights.name, weights.quantization, model, tokenizer)
     except BaseException:
         device.close()
         raise

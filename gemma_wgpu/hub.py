@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.gpu import hosted_folder
+from gemma_wgpu.weights.checkpoint import Weights, open_checkpoint
+from gemma_wgpu.weights.hosted import HostedFolder
 from gemma_wgpu.weights.manifest import MANIFEST, VOCABULARY
 
 DEMO = "demo"
@@ -47,6 +50,18 @@ def find(name: str | Path, progress: Callable[[int, int], None] | None = None) -
     if match := _GGUF.fullmatch(name):
         return _gguf(match[1], match[2])
     return path
+
+
+async def open_model(name: str | Path, progress: Callable[[int, int], None] | None = None) -> Weights:
+    """The model that `find` finds, opened; or, where the platform holds models itself, the one at a web address.
+
+    That address may be relative, and a path wins over it. Raises ModelError.
+    """
+    if isinstance(name, str) and not Path(name).exists():
+        folder = hosted_folder(name.removesuffix(f"/{MANIFEST}"))
+        if folder:
+            return await HostedFolder.open(folder, progress)
+    return open_checkpoint(find(name, progress))
 
 
 def _demo() -> Path:

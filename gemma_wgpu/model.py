@@ -21,7 +21,7 @@ from gemma_wgpu.gpu.ledger import Ledger
 from gemma_wgpu.kernels import VOCABULARY_PART, Attention, Kernels, ceil_div
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.sequence import Sequence
-from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint
+from gemma_wgpu.weights.checkpoint import EMBEDDING, Weights
 from gemma_wgpu.weights.upload import Advance, Matrix, upload
 
 # GeGLU's product can pass the range of float16 before the down projection; this power of two keeps it inside.
@@ -86,17 +86,20 @@ class Model:
         self._make_scratch(max(self._kernels.splits(shape.window) for shape in shapes))
         self.scratch_bytes = self.device.allocated - before - self.cache_bytes
 
-    async def load(self, checkpoint: Checkpoint, advance: Advance) -> None:
-        """Put the weights on the GPU; `advance` is told the bytes as they arrive."""
+    async def load(self, weights: Weights, advance: Advance) -> None:
+        """Put the weights on the GPU, in the order of a model folder; `advance` is told the bytes as they arrive."""
         before = self.device.allocated
-        self._identity = hashlib.sha256(f"{self.config} {checkpoint.quantization}".encode())
-        self.embedding = await upload(self.device, [checkpoint.tensor(EMBEDDING)], EMBEDDING, advance)
+        self._identity = hashlib.sha256(f"{self.config} {weights.quantization}".encode())
+        self.embedding = await upload(self.device, [weights.tensor(EMBEDDING)], EMBEDDING, advance)
         self.layers = []
-        for layer in range(self.config.num_hidden_layers):
-            self.layers.append(await self._load_layer(checkpoint, layer, advance))
-            checkpoint.release()
-        last = f"model.layers.{self.config.num_hidden_layers - 1}.post_feedforward_layernorm.weight"
-        self.final_norms = self._norms(checkpoint, last, "model.norm.weight")
+        norms = self._norms(self.config.hidden_size, "first norms")  # there is nothing to add before the first layer
+        for index in range(self.config.num_hidden_layers):
+            following = self._norms(self.config.hidden_size, f"norms after layer {index}")
+            self.layers.append(await self._load_layer(weights, index, norms, following, advance))
+            norms = following
+            weights.release()
+        self.final_norms = norms
+        await self._load_norm(weights, "model.norm.weight", norms, 1)
         self.weight_bytes = self.device.allocated - before
 
     @property
@@ -121,29 +124,37 @@ class Model:
     def _capacity(self, window: int) -> int:
         return min(window + ROLLBACK, self.context_length)
 
-    async def _load_layer(self, checkpoint: Checkpoint, index: int, advance: Advance) -> Layer:
+    async def _load_layer(
+        self, weights: Weights, index: int, attention_norms: Buffer, following: Buffer, advance: Advance
+    ) -> Layer:
+        """`following` takes this layer's last norm, which the next one begins with."""
         prefix = f"model.layers.{index}"
         attention = self._attention(index)
         key_cache, value_cache = self.caches[index]
 
         async def matrix(*names: str) -> Matrix:
-            tensors = [checkpoint.tensor(f"{prefix}.{name}.weight") for name in names]
+            tensors = [weights.tensor(f"{prefix}.{name}.weight") for name in names]
             return await upload(self.device, tensors, f"{prefix}.{names[0]}", advance)
 
-        def norms(first: str, second: str) -> Buffer:
-            return self._norms(checkpoint, f"{prefix}.{first}.weight", f"{prefix}.{second}.weight")
-
-        previous = f"model.layers.{index - 1}.post_feedforward_layernorm.weight"
-        first = self._norms(checkpoint, previous, f"{prefix}.input_layernorm.weight") if index else None
+        feedforward_norms = self._norms(self.config.hidden_size, f"{prefix}.feedforward norms")
+        head_norms = self._norms(self.config.head_dim, f"{prefix}.head norms")
+        for name, buffer, row in (
+            ("input_layernorm", attention_norms, 1),
+            ("post_attention_layernorm", feedforward_norms, 0),
+            ("pre_feedforward_layernorm", feedforward_norms, 1),
+            ("post_feedforward_layernorm", following, 0),
+            ("self_attn.q_norm", head_norms, 0),
+            ("self_attn.k_norm", head_norms, 1),
+        ):
+            await self._load_norm(weights, f"{prefix}.{name}.weight", buffer, row)
         return Layer(
             qkv=await matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             o=await matrix("self_attn.o_proj"),
             gate_up=await matrix("mlp.gate_proj", "mlp.up_proj"),
             down=await matrix("mlp.down_proj"),
-            # The first layer has nothing to add; its own norm fills the place.
-            attention_norms=first or norms("input_layernorm", "input_layernorm"),
-            feedforward_norms=norms("post_attention_layernorm", "pre_feedforward_layernorm"),
-            head_norms=norms("self_attn.q_norm", "self_attn.k_norm"),
+            attention_norms=attention_norms,
+            feedforward_norms=feedforward_norms,
+            head_norms=head_norms,
             attention=attention,
             splits=self._kernels.splits(attention.window),
             rope=self.ropes[self.config.is_global(index)],
@@ -151,10 +162,12 @@ class Model:
             value_cache=value_cache,
         )
 
-    def _norms(self, checkpoint: Checkpoint, first: str, second: str) -> Buffer:
-        factors = np.concatenate((checkpoint.norm(first), checkpoint.norm(second)))
-        self._identity.update(factors.tobytes())
-        return self.device.upload(factors, second)
+    def _norms(self, size: int, label: str) -> Buffer:
+        return self.device.buffer(4 * 2 * size, label)
+
+    async def _load_norm(self, weights: Weights, name: str, buffer: Buffer, row: int) -> None:
+        data = await weights.norm_words(name)
+        self.device.put(buffer, data, row * data.nbytes)
 
     @property
     def slot_bytes(self) -> int:

@@ -3,6 +3,7 @@
 import sys
 
 from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.gpu.store import Cache, Folder
 
 
 async def open_device() -> Device:
@@ -25,3 +26,23 @@ def open_device_sync() -> Device:
     from gemma_wgpu.gpu.native import open_native
 
     return open_native()
+
+
+def hosted_folder(name: str) -> Folder | None:
+    """The folder at a web address, on a platform that holds models itself. None for other names, and elsewhere."""
+    if sys.platform == "emscripten":
+        from gemma_wgpu.gpu.browser_store import open_folder
+
+        return open_folder(name)
+    return None
+
+
+def model_cache() -> Cache:
+    """The models that this platform keeps of those that came over the network."""
+    if sys.platform == "emscripten":
+        from gemma_wgpu.gpu.browser_store import BrowserCache
+
+        return BrowserCache()
+    from gemma_wgpu.download import Downloads
+
+    return Downloads()

@@ -105,6 +105,12 @@ async (limits, features) => {
             }
         },
 
+        // `view` is a Uint8Array outside of Python's memory.
+        writeHeld(buffer, offset, view) {
+            checkAlive();
+            queue.writeBuffer(buffer, offset, view);
+        },
+
         // Resolve [pipeline, [buffer, ...], [x, y, z]] for replay.
         record(dispatches) {
             checkAlive();

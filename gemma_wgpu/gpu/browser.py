@@ -23,6 +23,7 @@ from gemma_wgpu.gpu.device import (
     Constants,
     Device,
     Dispatch,
+    Held,
     Limits,
     Program,
 )
@@ -104,6 +105,10 @@ class BrowserDevice(Device):
             return
         with self.as_device_error(f"writing buffer '{buffer.label}'"):
             self._gpu.write(_within(buffer, offset, data.nbytes), offset, np.ascontiguousarray(data))
+
+    def _write_held(self, buffer: Buffer, data: Held, offset: int) -> None:
+        with self.as_device_error(f"writing buffer '{buffer.label}'"):
+            self._gpu.writeHeld(_within(buffer, offset, data.nbytes), offset, data.view)  # type: ignore[attr-defined]
 
     def record(self, dispatches: Sequence[Dispatch]) -> Program:
         calls = [(d.pipeline.handle, [buffer.handle for buffer in d.bindings], d.workgroups) for d in dispatches]

@@ -111,6 +111,23 @@ class Dispatch:
 Constants = Mapping[str, int | float | bool]
 
 
+class Held(abc.ABC):
+    """Bytes that the platform holds outside of Python, where those of a large model have no place."""
+
+    nbytes: int
+
+    @abc.abstractmethod
+    def slice(self, offset: int, nbytes: int) -> Held:
+        """Some of them; the same memory."""
+
+    @abc.abstractmethod
+    def to_bytes(self) -> bytes:
+        """A copy in Python."""
+
+
+Data = NDArray[Any] | Held
+
+
 class Device(abc.ABC):
     """A GPU, opened. Not thread-safe: one thread or one event loop drives it."""
 
@@ -177,6 +194,16 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
         """Copy `data` into `buffer` from byte `offset` on, before anything submitted later."""
+
+    def put(self, buffer: Buffer, data: Data, offset: int = 0) -> None:
+        """`write`, also of what the platform holds."""
+        if isinstance(data, Held):
+            self._write_held(buffer, data, offset)
+        else:
+            self.write(buffer, data, offset)
+
+    def _write_held(self, buffer: Buffer, data: Held, offset: int) -> None:
+        raise NotImplementedError  # by platforms that hold nothing
 
     @abc.abstractmethod
     def record(self, dispatches: Sequence[Dispatch]) -> Program:

@@ -1,6 +1,7 @@
 """A model on disk: its configuration, its tensors by Hugging Face's names, its tokenizer."""
 
 from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Self
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.gpu.device import Data
 from gemma_wgpu.tokenizer import Tokenizer
 from gemma_wgpu.vocabulary import Vocabulary
 from gemma_wgpu.weights.layouts import Layout, Packed
@@ -16,63 +18,44 @@ from gemma_wgpu.weights.layouts import Layout, Packed
 EMBEDDING = "model.embed_tokens.weight"
 
 
-class Tensor(ABC):
-    """A weight matrix: `shape` is (rows, cols), rows being its outputs; `name` is Hugging Face's."""
+class Source(ABC):
+    """A weight matrix on its way to the GPU: `shape` is (rows, cols), rows being its outputs."""
 
-    name: str
+    name: str  # Hugging Face's
     shape: tuple[int, ...]
 
     @property
     @abstractmethod
     def layout(self) -> Layout:
-        """The layout that `pack` gives."""
+        """The layout of the words."""
 
     @abstractmethod
-    def pack(self, start: int = 0, stop: int | None = None) -> Packed:
-        """Rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
-
-    def _checked(self, start: int, stop: int | None) -> tuple[int, int]:
-        """Rows as `pack` is asked for them. Raises RequestError outside the matrix."""
-        rows = self.shape[0]
-        stop = rows if stop is None else stop
-        if not 0 <= start < stop <= rows:
-            raise RequestError(f"rows {start} to {stop} of {self.name} do not exist; it has {rows}")
-        return start, stop
+    def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data, Data]]:
+        """Rows [start, stop), in one or more runs: (the first row, quants, scales). `start` is even."""
 
 
-class Checkpoint(ABC):
-    """A model that was found whole: every tensor the architecture needs was checked when it was opened.
+class Weights(ABC):
+    """What a model is loaded from. Use as a context manager, or close() when the weights have been read.
 
-    `nbytes` counts the bytes that these tensors take in the source. `quantization` is as the source calls it:
-    "Q4_K_M", "bf16". Use as a context manager, or close() when the weights have been read.
+    `reports_progress` is of those whose bytes come slowly, and who tell how many have come.
     """
 
-    path: Path
     name: str
     config: Gemma3Config
-    nbytes: int
     quantization: str
+    reports_progress: bool
 
     @abstractmethod
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Source:
         """The matrix of a name in `matrix_shapes`. Raises ModelError for any other."""
 
     @abstractmethod
-    def norm(self, name: str) -> NDArray[np.float32]:
+    async def norm_words(self, name: str) -> Data:
         """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model. Raises ModelError when it is missing or damaged."""
-
-    @abstractmethod
-    def vocabulary(self) -> Vocabulary:
-        """The vocabulary behind it, in our own form. Raises ModelError when it is missing or damaged."""
-
-    @property
-    @abstractmethod
-    def files(self) -> tuple[Path, ...]:
-        """All the files that the model is made of."""
 
     @abstractmethod
     def release(self) -> None:
@@ -90,6 +73,60 @@ class Checkpoint(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Tensor(Source):
+    """A weight matrix that can be read."""
+
+    @abstractmethod
+    def pack(self, start: int = 0, stop: int | None = None) -> Packed:
+        """Rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
+
+    async def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data, Data]]:
+        """Rows [start, stop) as `pack` gives them."""
+        packed = self.pack(start, stop)
+        yield start, packed.quants, packed.scales
+
+    def _checked(self, start: int, stop: int | None) -> tuple[int, int]:
+        """Rows as `pack` is asked for them. Raises RequestError outside the matrix."""
+        rows = self.shape[0]
+        stop = rows if stop is None else stop
+        if not 0 <= start < stop <= rows:
+            raise RequestError(f"rows {start} to {stop} of {self.name} do not exist; it has {rows}")
+        return start, stop
+
+
+class Checkpoint(Weights):
+    """A model that was found whole: every tensor the architecture needs was checked when it was opened.
+
+    `nbytes` counts the bytes that these tensors take in the source. `quantization` is as the source calls it:
+    "Q4_K_M", "bf16".
+    """
+
+    path: Path
+    nbytes: int
+    reports_progress = False
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """The matrix of a name in `matrix_shapes`. Raises ModelError for any other."""
+
+    @abstractmethod
+    def norm(self, name: str) -> NDArray[np.float32]:
+        """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
+
+    async def norm_words(self, name: str) -> Data:
+        """`norm`."""
+        return self.norm(name)
+
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary behind it, in our own form. Raises ModelError when it is missing or damaged."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """All the files that the model is made of."""
 
 
 def matrix_shapes(config: Gemma3Config) -> dict[str, tuple[int, int]]:

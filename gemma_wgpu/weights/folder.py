@@ -18,6 +18,28 @@ from gemma_wgpu.weights.manifest import MANIFEST, Entry, File, Manifest, upload_
 from gemma_wgpu.weights.stored import MappedFile
 
 
+def checked_config(manifest: Manifest, config: bytes, folder: str) -> Gemma3Config:
+    """What the config.json of a folder says. Raises ModelError where it is damaged, or the manifest does not fit."""
+    source = f"{folder}/{manifest.config.name}"
+    try:
+        content = json.loads(config)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{source}: not valid JSON ({error}); convert the model again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{source}: not a JSON object; convert the model again")
+    checked = Gemma3Config.from_hf(content, source=source)
+    shapes = {tensor.name: (tensor.rows, tensor.cols) for tensor in manifest.tensors}
+    if list(shapes.items()) != list(upload_order(checked).items()):
+        raise ModelError(
+            f"{folder}/{MANIFEST}: its tensors are not those of the model in {manifest.config.name}; convert it again"
+        )
+    norms = norm_shapes(checked)
+    for tensor in manifest.tensors:
+        if tensor.name in norms and tensor.layout != Layout.F32:
+            raise ModelError(f"{folder}/{MANIFEST}: {tensor.name} is {tensor.layout.name}; norms must be F32")
+    return checked
+
+
 class FolderCheckpoint(Checkpoint):
     """A Gemma 3 in a model folder, as `convert` writes it; `manifest` says what is in it.
 
@@ -30,19 +52,10 @@ class FolderCheckpoint(Checkpoint):
         self.manifest = Manifest.from_json(_read(path / MANIFEST), str(path / MANIFEST))
         self.name = self.manifest.name
         self.quantization = self.manifest.quantization
-        config = path / self.manifest.config.name
-        self.config = Gemma3Config.from_hf(_parsed(config, self._whole(self.manifest.config)), source=str(config))
-        shapes = {tensor.name: (tensor.rows, tensor.cols) for tensor in self.manifest.tensors}
-        if list(shapes.items()) != list(upload_order(self.config).items()):
-            raise ModelError(
-                f"{path / MANIFEST}: its tensors are not those of the model in {config.name}; convert it again"
-            )
+        self.config = checked_config(self.manifest, self._whole(self.manifest.config), str(path))
         self._shards = tuple(_Shard(path, shard) for shard in self.manifest.shards)
         tensors = {tensor.name: _FolderTensor(tensor, self._shards) for tensor in self.manifest.tensors}
         self._norms = {name: tensors.pop(name) for name in norm_shapes(self.config)}
-        for norm in self._norms.values():
-            if norm.layout != Layout.F32:
-                raise ModelError(f"{path / MANIFEST}: {norm.name} is {norm.layout.name}; norms must be F32")
         self._matrices = tensors
         self.nbytes = sum(tensor.nbytes for tensor in self.manifest.tensors)
 
@@ -178,16 +191,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}; download the folder again") from error
-
-
-def _parsed(path: Path, data: bytes) -> dict[str, object]:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); convert the model again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: not a JSON object; convert the model again")
-    return content
 
 
 def _damaged(path: Path) -> ModelError:

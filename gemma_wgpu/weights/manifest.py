@@ -70,6 +70,15 @@ class Entry:
         rows = stop - start
         return 4 * self.layout.quant_words(rows, self.cols), 4 * self.layout.scale_words(rows, self.cols)
 
+    def runs(self, start: int, stop: int) -> Iterator[Part]:
+        """Rows [start, stop), of which `start` is even, as parts that lie between those in the shards."""
+        for part in self.parts:
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                before, sizes = self.part_bytes(part.start, first), self.part_bytes(first, last)
+                quants, scales = part.quants[0] + before[0], part.scales[0] + before[1]
+                yield Part(part.shard, first, last, (quants, sizes[0]), (scales, sizes[1]))
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -107,6 +116,19 @@ class Manifest:
                 f"{source}: a model folder of format version {version}, this gemma-wgpu reads {_FORMAT}; upgrade it"
             )
         return manifest
+
+    @classmethod
+    def from_web(cls, data: bytes, address: str) -> Self:
+        """`from_json` of what a server sent, which may be anything."""
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise ModelError(
+                f"{address}: not the manifest of a model folder; give the address of a folder that has one"
+            )
+        return cls.from_json(data, address)
 
     @classmethod
     def _read(cls, content: Any) -> Self:

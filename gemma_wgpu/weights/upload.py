@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from gemma_wgpu.gpu.device import Buffer, Device
-from gemma_wgpu.weights.checkpoint import Tensor
+from gemma_wgpu.weights.checkpoint import Source
 from gemma_wgpu.weights.layouts import BLOCK, Layout
 
 _ROWS = 64  # parts and transfers are of whole multiples of this, so that their scales begin at a word
@@ -35,7 +35,7 @@ class Matrix:
     parts: tuple[Part, ...]
 
 
-async def upload(device: Device, tensors: Sequence[Tensor], label: str, advance: Advance) -> Matrix:
+async def upload(device: Device, tensors: Sequence[Source], label: str, advance: Advance) -> Matrix:
     """The matrix of `tensors` stacked row upon row. `advance` is told the bytes of each transfer.
 
     Raises DeviceError when the GPU's memory is exhausted, ModelError when the tensors cannot be read.
@@ -61,10 +61,10 @@ async def upload(device: Device, tensors: Sequence[Tensor], label: str, advance:
     return Matrix(rows, cols, tuple(parts))
 
 
-def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _runs(tensors: Sequence[Source]) -> Iterator[list[Source]]:
     """Neighbours that can share their arrays: of one layout, and beginning at whole words."""
     for _, group in groupby(tensors, lambda tensor: tensor.layout):
-        run: list[Tensor] = []
+        run: list[Source] = []
         for tensor in group:
             if run and run[-1].shape[0] * (tensor.shape[1] // BLOCK) % 2:
                 yield run
@@ -79,7 +79,7 @@ def _rows_per_part(device: Device, layout: Layout, cols: int) -> int:
     return max(limit // bytes_of_rows, 1) * _ROWS
 
 
-async def _fill(device: Device, part: Part, run: Sequence[Tensor], start: int, advance: Advance) -> None:
+async def _fill(device: Device, part: Part, run: Sequence[Source], start: int, advance: Advance) -> None:
     """Rows [start, start + part.rows) of the tensors of `run` into the buffers of `part`."""
     layout, cols = part.layout, part.cols
     per_transfer = max(_TRANSFER // (4 * layout.quant_words(_ROWS, cols)), 1) * _ROWS
@@ -87,10 +87,11 @@ async def _fill(device: Device, part: Part, run: Sequence[Tensor], start: int, a
     for tensor in run:
         begin, end = max(start, tensor_start), min(start + part.rows, tensor_start + tensor.shape[0])
         for row in range(begin, end, per_transfer):
-            packed = tensor.pack(row - tensor_start, min(row + per_transfer, end) - tensor_start)
-            device.write(part.quants, packed.quants, 4 * layout.quant_words(row - start, cols))
-            if packed.scales.size:
-                device.write(part.scales, packed.scales, 4 * layout.scale_words(row - start, cols))
+            last = min(row + per_transfer, end)
+            async for first, quants, scales in tensor.words(row - tensor_start, last - tensor_start):
+                row_of_part = tensor_start + first - start
+                device.put(part.quants, quants, 4 * layout.quant_words(row_of_part, cols))
+                device.put(part.scales, scales, 4 * layout.scale_words(row_of_part, cols))
+                advance(quants.nbytes + scales.nbytes)
             await device.read(part.quants, 0, 4)  # until it has arrived: transfers under way take up memory twice
-            advance(packed.nbytes)
         tensor_start += tensor.shape[0]

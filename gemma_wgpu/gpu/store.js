@@ -1,0 +1,200 @@
+// What browser_store.py asks of the browser's network and storage. The value of this script is the function that opens
+// the storage. Files lie in folders, one for each model: in the origin private file system, or in the Cache API where
+// that is missing. Where both are, in a private window for example, nothing is kept.
+async () => {
+    const NAME = "gemma_wgpu";
+
+    const openFileSystem = async () => {
+        if (!globalThis.FileSystemFileHandle?.prototype.createWritable) throw new Error("no files that can be written");
+        const root = await (await navigator.storage.getDirectory()).getDirectoryHandle(NAME, { create: true });
+        const folder = (name, create = false) => root.getDirectoryHandle(name, { create });
+        return {
+            get: async (home, name) => (await (await folder(home)).getFileHandle(name)).getFile(),
+            // What is written takes the file's place when it is whole, so that two pages may write the same.
+            async put(home, name, data) {
+                const file = await (await folder(home, true)).getFileHandle(name, { create: true });
+                const writable = await file.createWritable();
+                await writable.write(data);
+                await writable.close();
+            },
+            remove: async (home, name) => (await folder(home)).removeEntry(name),
+            async list() {
+                const found = [];
+                for await (const [home, files] of root.entries()) {
+                    for await (const [name, file] of files.entries()) {
+                        found.push([home, name, (await file.getFile()).size]);
+                    }
+                }
+                return found;
+            },
+        };
+    };
+
+    const openCache = async () => {
+        const cache = await caches.open(NAME);
+        const key = (home, name) => `https://models.invalid/${home}/${name}`;
+        const size = (response) => Number(response.headers.get("Content-Length"));
+        return {
+            async get(home, name) {
+                const response = await cache.match(key(home, name));
+                return response && { size: size(response), arrayBuffer: () => response.arrayBuffer() };
+            },
+            async put(home, name, data) {
+                const headers = { "Content-Length": data.byteLength };
+                await cache.put(key(home, name), new Response(data, { headers }));
+            },
+            remove: (home, name) => cache.delete(key(home, name)),
+            async list() {
+                const found = [];
+                for (const request of await cache.keys()) {
+                    const [, home, name] = new URL(request.url).pathname.split("/");
+                    found.push([home, name, size(await cache.match(request))]);
+                }
+                return found;
+            },
+        };
+    };
+
+    const NOWHERE = {
+        get: async () => undefined,
+        put: async () => {
+            throw new Error("this browser has no storage for it here");
+        },
+        remove: async () => undefined,
+        list: async () => [],
+    };
+
+    const files = await openFileSystem().catch(openCache).catch(() => NOWHERE);
+    const stopping = new AbortController();
+    let problem; // why something was not kept
+
+    // The bytes of a file that is kept, if they are `fit` by their number; undefined for whatever reason there are none.
+    const kept = async (home, name, fit = () => true) => {
+        try {
+            const file = await files.get(home, name);
+            return file && fit(file.size) ? new Uint8Array(await file.arrayBuffer()) : undefined;
+        } catch {
+            return undefined;
+        }
+    };
+
+    const keep = async (home, name, data) => {
+        try {
+            await files.put(home, name, data);
+        } catch (error) {
+            problem = error.name === "QuotaExceededError" ? "the browser's storage is full" : error.message;
+            await remove(home, name);
+        }
+    };
+
+    const remove = (home, name) => files.remove(home, name).catch(() => undefined);
+
+    // crypto.subtle is there wherever WebGPU is: both are for secure contexts alone.
+    const sha256 = async (data) => {
+        const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", data));
+        return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+    };
+
+    class Interrupted extends Error {} // by the network: another try may well succeed
+
+    const open = async (url, options) => {
+        let response;
+        try {
+            response = await fetch(url, { signal: stopping.signal, ...options });
+        } catch (error) {
+            throw new Interrupted(
+                `no answer (${error.message}); the server is out of reach, or does not let this site read it (CORS)`,
+            );
+        }
+        if (response.ok) return response;
+        const answer = `the server answers ${response.status} ${response.statusText}`.trim();
+        if ([408, 429].includes(response.status) || response.status >= 500) throw new Interrupted(answer);
+        throw new Error(`${answer}; check the address, and that all files are there`);
+    };
+
+    // Goes on with what `download` has of a file, until that is whole.
+    const receive = async (url, download, report) => {
+        const { data } = download;
+        const headers = download.done ? { Range: `bytes=${download.done}-` } : {};
+        const response = await open(url, { headers, cache: "no-store" });
+        if (response.status !== 206) download.done = 0; // the server sends the whole file, whatever was asked for
+        const reader = response.body.getReader();
+        for (;;) {
+            const { done, value } = await reader.read().catch((error) => {
+                throw new Interrupted(error.message);
+            });
+            if (done) break;
+            if (download.done + value.length > data.length) {
+                throw new Error(`the server has more than the ${data.length} bytes that the manifest says`);
+            }
+            data.set(value, download.done);
+            download.done += value.length;
+            report(download.done);
+        }
+        if (download.done < data.length) throw new Interrupted("the connection was closed");
+    };
+
+    const PAUSES = [1000, 2000, 4000]; // milliseconds before each new try
+
+    // The file, of which an earlier call may have kept the beginning.
+    const fetchFile = async (home, name, url, nbytes, report) => {
+        const begun = await kept(home, `${name}.part`, (size) => size < nbytes);
+        const download = { data: new Uint8Array(nbytes), done: begun?.length ?? 0 };
+        if (begun) download.data.set(begun);
+        for (let tries = 0; ; tries++) {
+            try {
+                await receive(url, download, report);
+                return download.data;
+            } catch (error) {
+                const again = error instanceof Interrupted && !stopping.signal.aborted && tries < PAUSES.length;
+                if (again) {
+                    await new Promise((resolve) => setTimeout(resolve, PAUSES[tries]));
+                    continue;
+                }
+                if (download.done) await keep(home, `${name}.part`, download.data.subarray(0, download.done));
+                if (!(error instanceof Interrupted)) throw error;
+                throw new Error(
+                    `stopped at ${download.done} of ${nbytes} bytes: ${error.message}; load the model again, ` +
+                        "it goes on from there",
+                );
+            }
+        }
+    };
+
+    return {
+        remove,
+        list: files.list,
+        read: kept,
+        keep,
+        stop: () => stopping.abort(),
+        problem: () => problem,
+
+        // A small file as it is now, or else as it was kept.
+        async fetchSmall(home, name, url) {
+            try {
+                return new Uint8Array(await (await open(url, { cache: "no-cache" })).arrayBuffer());
+            } catch (error) {
+                const data = error instanceof Interrupted && (await kept(home, name));
+                if (data) return data;
+                throw error;
+            }
+        },
+
+        // A file with this SHA-256, as a Uint8Array.
+        async load(home, name, url, nbytes, hash, report) {
+            const there = await kept(home, name, (size) => size === nbytes);
+            if (there && (await sha256(there)) === hash) {
+                report(nbytes);
+                return there;
+            }
+            for (let tries = 0; tries < 2; tries++) {
+                const data = await fetchFile(home, name, url, nbytes, report);
+                const right = (await sha256(data)) === hash;
+                if (right) await keep(home, name, data);
+                await remove(home, `${name}.part`);
+                if (right) return data;
+            }
+            throw new Error("its SHA-256 is not the one in the manifest, and was not when fetched again; tell its host");
+        },
+    };
+};
