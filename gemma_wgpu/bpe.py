@@ -5,6 +5,9 @@ from array import array
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
+import numpy as np
+from numpy.typing import NDArray
+
 SPACE = "▁"  # U+2581, what Gemma's pieces hold in place of a space
 
 _CACHED_WORDS = 1 << 15
@@ -20,13 +23,13 @@ class PairMerger:
     """Turns text without added tokens into ids.
 
     `ids` maps every piece that a merge may make, and every single character, to its id, with SPACE for a
-    space. `scores` has one float per id; the highest merges first. `byte_ids` has 256 ids, for characters
+    space. `scores` has one float32 per id; the highest merges first. `byte_ids` has 256 ids, for characters
     that are not pieces.
     """
 
-    def __init__(self, ids: Mapping[str, int], scores: Sequence[float], byte_ids: Sequence[int]) -> None:
+    def __init__(self, ids: Mapping[str, int], scores: NDArray[np.float32], byte_ids: Sequence[int]) -> None:
         self._ids = ids
-        self._costs = array("f", (-score for score in scores))
+        self._costs = array("f", (-scores).tobytes())
         self._byte_ids = byte_ids
         self._words = _word_pattern(ids)
         self._cache: dict[str, list[int]] = {}

@@ -29,6 +29,7 @@ _GEGLU_SCALE = 2.0**-6
 PREFILL_CHUNK = 512
 ROLLBACK = 32  # positions that a local layer keeps beyond its window, so that a sequence can go back so far
 _SMALLEST_CHUNK = 32
+_ROPE_ROWS = 512  # at a time: memory in a browser is dear
 _LOGITS_BYTES = 64 << 20  # at most, of the buffer that `logits` reads from
 
 
@@ -188,10 +189,13 @@ class Model:
         if is_global:
             theta, factor = config.rope_theta, config.rope_scaling_factor
         frequencies = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim) / factor
-        positions = np.arange(self.context_length, dtype=np.float32)
-        angles = (positions[:, None] * frequencies.astype(np.float32)).astype(np.float64)
-        table = np.stack((np.cos(angles), np.sin(angles)), axis=-1).astype(np.float32)
-        return self.device.upload(table, f"rope {theta:.0f}")
+        buffer = self.device.buffer(4 * self.context_length * config.head_dim, f"rope {theta:.0f}")
+        for start in range(0, self.context_length, _ROPE_ROWS):
+            positions = np.arange(start, min(start + _ROPE_ROWS, self.context_length), dtype=np.float32)
+            angles = (positions[:, None] * frequencies.astype(np.float32)).astype(np.float64)
+            table = np.stack((np.cos(angles), np.sin(angles)), axis=-1).astype(np.float32)
+            self.device.write(buffer, table, 4 * start * config.head_dim)
+        return buffer
 
     def _make_scratch(self, splits: int) -> None:
         config, chunk = self.config, self.prefill_chunk

@@ -197,7 +197,7 @@ class BPETokenizer(Tokenizer):
             piece.replace(" ", SPACE) if kind == TokenType.USER_DEFINED else piece
             for piece, kind in zip(pieces, kinds, strict=True)
         ]
-        merge_scores = np.where(types == TokenType.USER_DEFINED, np.float32(0), scores).tolist()
+        merge_scores = np.where(types == TokenType.USER_DEFINED, np.float32(0), scores)
         added: dict[str, int] = {}
         ordinary: dict[str, int] = {}
         self._bytes: dict[int, int] = {}

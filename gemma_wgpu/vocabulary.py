@@ -66,13 +66,16 @@ class Vocabulary:
                 raise ValueError("wrong length")
             lengths, planes, types, encoded = np.split(body, np.cumsum([2 * count, 4 * count, count]))
             text = encoded.tobytes().decode()
-            ends = np.cumsum(lengths.view("<u2"), dtype=np.int64).tolist()
-            if ends[-1:] != [len(text)]:
+            ends = np.cumsum(lengths.view("<u2"), dtype=np.uint32)
+            if ends[-1:].tolist() != [len(text)]:
                 raise ValueError("wrong length")
         except (ValueError, zlib.error) as error:
             raise ModelError(f"{source}: damaged vocabulary ({error}); download it again") from error
-        pieces = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         scores = np.ascontiguousarray(planes.reshape(4, count).T).view("<f4").reshape(-1)
+        types = types.copy()
+        del body, lengths, planes, encoded  # memory that the pieces can have: this runs in browsers
+        starts = np.concatenate((np.zeros(1, np.uint32), ends[:-1]))
+        pieces = [text[start:end] for start, end in zip(starts.data, ends.data, strict=True)]
         return cls(pieces, scores, types)
 
     @classmethod
