@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,150 +31,24 @@ from gemma_wgpu.weights.checkpoint import EMBEDDING, open_checkpoint
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.folder import FolderCheckpoint
 from tests.checkpoints import gguf_metadata, gguf_tensors, write_gguf
+from tests.host import (
+    Host,
+    Reply,
+    answer,
+    drop,
+    flipped,
+    no_ranges,
+    redirect,
+    silent,
+    stall,
+    unsized,
+    whole,
+    wrong_range,
+)
 
 SHARD = 60_000
 FIRST, SECOND = (f"weights-{number:05}-of-00003.safetensors" for number in (1, 2))
 FILES = ["config.json", "vocabulary.bin", *(f"weights-{number:05}-of-00003.safetensors" for number in range(1, 4))]
-
-Reply = Callable[["Handler", bytes], None]
-
-
-def whole(handler: "Handler", data: bytes) -> None:
-    """All of it, or the part that is asked for."""
-    handler.send_part(data)
-
-
-def drop(after: int) -> Reply:
-    """Close the connection when so many bytes have been sent."""
-    return lambda handler, data: handler.send_part(data, most=after)
-
-
-def stall(after: int) -> Reply:
-    """Fall silent, the connection open, when so many bytes have been sent."""
-
-    def reply(handler: "Handler", data: bytes) -> None:
-        handler.send_part(data, most=after)
-        handler.host.stalled.set()
-        handler.host.closing.wait()
-
-    return reply
-
-
-def silent(handler: "Handler", data: bytes) -> None:
-    handler.host.closing.wait()
-
-
-def no_ranges(handler: "Handler", data: bytes) -> None:
-    handler.send(200, data)
-
-
-def wrong_range(handler: "Handler", data: bytes) -> None:
-    """Another part than the one that is asked for, as broken caches do."""
-    handler.send_part(data, shift=-1)
-
-
-def unsized(most: int) -> Reply:
-    """No Content-Length: the end of the connection is the end of the file."""
-    return lambda handler, data: handler.send(200, data[:most], sized=False)
-
-
-def flipped(handler: "Handler", data: bytes) -> None:
-    handler.send_part(data[:100] + bytes([data[100] ^ 1]) + data[101:])
-
-
-def answer(code: int, body: bytes = b"") -> Reply:
-    return lambda handler, _: handler.send(code, body)
-
-
-def redirect(to: str) -> Reply:
-    return lambda handler, _: handler.send(302, b"", {"Location": to})
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: "Host"
-
-    @property
-    def host(self) -> "Host":
-        return self.server
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        name = path.rpartition("/")[2]
-        self.host.requests.append((name, self.headers.get("Range")))
-        self.host.paths.append(self.path)
-        replies = self.host.replies.get(path, self.host.replies.get(name, []))
-        reply = replies.pop(0) if len(replies) > 1 else replies[0] if replies else whole
-        file = self.host.folder / name
-        if reply is whole and not (path.startswith("/models/") and file.is_file()):
-            reply = answer(404)
-        reply(self, file.read_bytes() if file.is_file() else b"")
-
-    def send_part(self, data: bytes, *, most: int | None = None, shift: int = 0) -> None:
-        asked = self.headers.get("Range")
-        if asked is None:
-            self.send(200, data, most=most)
-            return
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) + shift
-        if start >= len(data):
-            self.send(416, b"")
-        else:
-            part = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-            self.send(206, data[start:], part, most=most)
-
-    def send(
-        self,
-        code: int,
-        data: bytes,
-        headers: dict[str, str] | None = None,
-        *,
-        most: int | None = None,
-        sized: bool = True,
-    ) -> None:
-        self.send_response(code)
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        if sized:
-            self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data[:most])
-        self.wfile.flush()
-
-
-class Host(ThreadingHTTPServer):
-    """Serves `folder` under /models/tiny, or any other path in /models.
-
-    `replies` has what to do at the next requests for a file name or path, the last of which stays in force.
-    """
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.replies: dict[str, list[Reply]] = {}
-        self.requests: list[tuple[str, str | None]] = []
-        self.paths: list[str] = []
-        self.stalled, self.closing = threading.Event(), threading.Event()
-        self.address = f"http://127.0.0.1:{self.server_address[1]}"
-        self.url = f"{self.address}/models/tiny"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def handle_error(self, *_: object) -> None:
-        """A client that was killed."""
-
-    def asked(self) -> list[tuple[str, str | None]]:
-        """The requests since the last call: names and ranges."""
-        requests, self.requests = self.requests, []
-        return requests
-
-    def close(self) -> None:
-        self.closing.set()
-        self.shutdown()
-        self.server_close()
 
 
 def made(folder: Path, seed: int) -> Path:
