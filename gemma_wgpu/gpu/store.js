@@ -135,20 +135,21 @@ async () => {
     };
 
     const PAUSES = [1000, 2000, 4000]; // milliseconds before each new try
+    const PROGRESS = 1 << 20; // bytes, with which a try has not failed
 
     // The file, of which an earlier call may have kept the beginning.
     const fetchFile = async (home, name, url, nbytes, report) => {
         const begun = await kept(home, `${name}.part`, (size) => size < nbytes);
         const download = { data: new Uint8Array(nbytes), done: begun?.length ?? 0 };
         if (begun) download.data.set(begun);
-        for (let tries = 0; ; tries++) {
+        for (let furthest = download.done, tries = 0; ; ) {
             try {
                 await receive(url, download, report);
                 return download.data;
             } catch (error) {
-                const again = error instanceof Interrupted && !stopping.signal.aborted && tries < PAUSES.length;
-                if (again) {
-                    await new Promise((resolve) => setTimeout(resolve, PAUSES[tries]));
+                if (download.done >= furthest + PROGRESS) [furthest, tries] = [download.done, 0];
+                if (error instanceof Interrupted && !stopping.signal.aborted && tries < PAUSES.length) {
+                    await new Promise((resolve) => setTimeout(resolve, PAUSES[tries++]));
                     continue;
                 }
                 if (download.done) await keep(home, `${name}.part`, download.data.subarray(0, download.done));

@@ -16,8 +16,22 @@ from zipfile import ZipFile
 import pytest
 from playwright.sync_api import ConsoleMessage, Error, Page, sync_playwright
 
+from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.weights.convert import convert
+from tests.host import Host
+from tests.reference import random_1b
+
 ROOT = Path(__file__).parents[2]
 SUB_PATH = "some/project"
+SMALL = random_1b.CONFIG | {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "sliding_window": 32,
+    "max_position_embeddings": 256,
+}
 
 
 class Chromium:
@@ -25,17 +39,26 @@ class Chromium:
 
     def __init__(self, page: Page, origin: str) -> None:
         self.complaints: list[str] = []
-        self._page = page
+        self.page = page
+        self.origins = [origin]  # to which requests are expected
         page.on("console", self._log)
         page.on("pageerror", lambda error: self.complaints.append(error.message))
-        page.on("request", lambda request: self._check(request.url, origin))
+        page.on("request", lambda request: self._check(request.url))
         page.goto(f"{origin}/{SUB_PATH}/")
-        page.get_by_text("ready").wait_for()
+        self._wait()
+
+    def reload(self) -> None:
+        """The page anew, and the worker."""
+        self.page.reload()
+        self._wait()
+
+    def _wait(self) -> None:
+        self.page.get_by_text("ready").wait_for()
 
     def run(self, code: str, *, where: str = "worker", can_block: bool = True) -> Any:
         """The last expression of Python `code`, in the "page" or the "worker". A failure there is one here."""
         try:
-            return self._page.evaluate(
+            return self.page.evaluate(
                 f"call => in{where.capitalize()}(...call)",  # which index.html defines
                 [code, can_block],
             )
@@ -46,8 +69,8 @@ class Chromium:
         if message.type == "error":
             self.complaints.append(message.text)
 
-    def _check(self, url: str, origin: str) -> None:
-        if not url.startswith((origin, "data:", "blob:")):
+    def _check(self, url: str) -> None:
+        if not url.startswith((*self.origins, "data:", "blob:")):
             self.complaints.append(f"request to {url}")
 
 
@@ -98,6 +121,25 @@ def chromium(server: str) -> Iterator[Chromium]:
         )
         yield Chromium(browser.new_page(), server)
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small random model, in several shards."""
+    work = tmp_path_factory.mktemp("small")
+    with open_checkpoint(random_1b.write(work / "source", SMALL)) as source:
+        convert(source, work / "model", quant="int4", shard_size=200_000)
+    return work / "model"
+
+
+@pytest.fixture
+def host(small_model: Path, chromium: Chromium) -> Iterator[Host]:
+    """A server of the small model, of another origin than the page's."""
+    host = Host(small_model)
+    chromium.origins.append(host.address)
+    yield host
+    chromium.origins.remove(host.address)
+    host.close()
 
 
 @pytest.fixture(autouse=True)

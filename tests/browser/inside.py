@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gemma_wgpu
@@ -35,21 +35,23 @@ async def check_kernel(kernel: str, case: int) -> None:
     assert device.allocated == before
 
 
-async def _fetched() -> Path:
-    """The model folder that test_generate.py serves."""
-    folder = Path("model")
-    if not folder.is_dir():
-        from pyodide.http import pyfetch
+async def load(url: str) -> str:
+    """What comes of loading a model: a JSON object of error, warnings and progress."""
+    progress: list[tuple[int, int]] = []
+    error = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            (await gemma_wgpu.load_async(url, progress=lambda *call: progress.append(call))).close()
+        except gemma_wgpu.ModelError as raised:
+            error = str(raised)
+    return json.dumps({"error": error, "warnings": [str(w.message) for w in caught], "progress": progress})
 
-        response = await pyfetch("model.zip")
-        await response.unpack_archive(extract_dir=folder)
-    return folder
 
-
-async def generate(prompt: list[int], options: list[dict[str, Any]]) -> str:
+async def generate(url: str, prompt: list[int], options: list[dict[str, Any]]) -> str:
     """The ids of a Generation for each of `options`, as JSON."""
     ids = []
-    with await gemma_wgpu.load_async(await _fetched()) as gemma:
+    with await gemma_wgpu.load_async(url) as gemma:
         for chosen in options:
             generation = gemma.generate(prompt, **chosen)
             pieces = [piece.text async for piece in generation]
@@ -58,10 +60,10 @@ async def generate(prompt: list[int], options: list[dict[str, Any]]) -> str:
     return json.dumps(ids)
 
 
-async def generate_blocking(prompt: list[int], options: list[dict[str, Any]]) -> str:
+async def generate_blocking(url: str, prompt: list[int], options: list[dict[str, Any]]) -> str:
     """`generate`, through the blocking interface alone."""
     ids = []
-    with gemma_wgpu.load(await _fetched()) as gemma:
+    with gemma_wgpu.load(url) as gemma:
         for chosen in options:
             generation = gemma.generate(prompt, **chosen)
             pieces = [piece.text for piece in generation]
