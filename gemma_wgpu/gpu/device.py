@@ -124,6 +124,10 @@ class Held(abc.ABC):
     def to_bytes(self) -> bytes:
         """A copy in Python."""
 
+    @abc.abstractmethod
+    def free(self) -> None:
+        """Give the memory back at once, also that of slices."""
+
 
 Data = NDArray[Any] | Held
 

@@ -73,7 +73,7 @@ class HostedFolder(Weights):
     async def shard(self, number: int) -> Held:
         """A shard, checked. The one before is let go."""
         if self._at_hand is None or self._at_hand[0] != number:
-            self._at_hand = None
+            self._let_go()
             file = self._manifest.shards[number]
             held = await self._folder.load(file.name, file.nbytes, file.sha256, self._report(file))
             self._at_hand = number, held
@@ -90,12 +90,17 @@ class HostedFolder(Weights):
 
         return report
 
+    def _let_go(self) -> None:
+        if self._at_hand is not None:
+            self._at_hand[1].free()
+            self._at_hand = None
+
     def release(self) -> None:
         """A shard is let go when the next one comes."""
 
     def close(self) -> None:
         """Let go of the last shard, and stop a download that is under way."""
-        self._at_hand = None
+        self._let_go()
         self._folder.close()
 
 

@@ -119,7 +119,7 @@ def chromium(server: str) -> Iterator[Chromium]:
             args=["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"],
             ignore_default_args=["--disable-gpu"],
         )
-        yield Chromium(browser.new_page(), server)
+        yield Chromium(browser.new_context().new_page(), server)
         browser.close()
 
 

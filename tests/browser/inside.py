@@ -70,3 +70,21 @@ async def generate_blocking(url: str, prompt: list[int], options: list[dict[str,
             assert "".join(pieces) == generation.text
             ids.append(generation.ids)
     return json.dumps(ids)
+
+
+async def generate_demo(url: str, prompt: str, tokens: int) -> str:
+    """The ids of a greedy text, and by how many bytes Python's memory has grown for it, as JSON."""
+    before = heap()
+    with await gemma_wgpu.load_async(url) as gemma:
+        generation = gemma.generate(prompt, max_new_tokens=tokens, temperature=0.0)
+        async for _ in generation:
+            pass
+    return json.dumps({"ids": generation.ids, "growth": heap() - before})
+
+
+def heap() -> int:
+    """Bytes of Python's memory."""
+    import pyodide_js
+
+    size: int = pyodide_js._module.HEAPU8.length
+    return size
