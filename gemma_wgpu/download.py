@@ -69,7 +69,7 @@ def download(url: str, progress: Progress | None = None) -> Path:
     if not version.whole():
         with _writing(home):
             home.mkdir(parents=True, exist_ok=True)
-            (home / _ADDRESS).write_text(_address(url, "").rstrip("/"), encoding="utf-8")
+            (home / _ADDRESS).write_text(_folder_address(url), encoding="utf-8")
         with _locked(home / "lock", version, progress):
             version.download(data, progress)
             for other in home.iterdir():
@@ -100,7 +100,7 @@ class Downloads(Cache):
 
     async def delete(self, url: str) -> None:
         """Delete what came from an address. ModelError where that is nothing, or it cannot be deleted."""
-        home = _homes().get(url)
+        home = _homes().get(_folder_address(url))
         if home is None:
             raise nothing_from(url)
         with _writing(home):
@@ -318,6 +318,11 @@ def _address(url: str, name: str) -> str:
     folder = parts.path.rstrip("/").removesuffix(f"/{MANIFEST}")
     path, query = quote(f"{folder}/{name}", safe=_LEGAL), quote(parts.query, safe=_LEGAL)
     return urlunsplit((parts.scheme, host, path, query, ""))
+
+
+def _folder_address(url: str) -> str:
+    """The same for all ways to write it."""
+    return _address(url, "").rstrip("/")
 
 
 def _cache_name(url: str) -> str:

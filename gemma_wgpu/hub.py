@@ -16,6 +16,7 @@ DEMO = "demo"
 _DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)")
 _GGUF = re.compile(rf"({_REPOSITORY.pattern})/(.+\.gguf)")
+_HOSTED_REPOSITORY = "https://huggingface.co/{}/resolve/main"
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _FILES = [
     *("config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"),
@@ -55,10 +56,11 @@ def find(name: str | Path, progress: Callable[[int, int], None] | None = None) -
 async def open_model(name: str | Path, progress: Callable[[int, int], None] | None = None) -> Weights:
     """The model that `find` finds, opened; or, where the platform holds models itself, the one at a web address.
 
-    That address may be relative, and a path wins over it. Raises ModelError.
+    That address may be relative, a path wins over it, and a Hugging Face id stands for one. Raises ModelError.
     """
     if isinstance(name, str) and not Path(name).exists():
-        folder = hosted_folder(name.removesuffix(f"/{MANIFEST}"))
+        address = _HOSTED_REPOSITORY.format(name) if _REPOSITORY.fullmatch(name) else name
+        folder = hosted_folder(address.removesuffix(f"/{MANIFEST}"))
         if folder:
             return await HostedFolder.open(folder, progress)
     return open_checkpoint(find(name, progress))

@@ -44,7 +44,7 @@ class BrowserHeld(Held):
         return data
 
     def free(self) -> None:
-        self.view.buffer.transfer(0)  # the garbage collector is in no hurry
+        self.view.buffer.transfer(0)
 
 
 class BrowserFolder(Folder):

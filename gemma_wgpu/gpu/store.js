@@ -129,6 +129,7 @@ async () => {
             }
             data.set(value, download.done);
             download.done += value.length;
+            value.buffer.transfer(0); // frees it now: the garbage collector is in no hurry
             report(download.done);
         }
         if (download.done < data.length) throw new Interrupted("the connection was closed");

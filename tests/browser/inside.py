@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import warnings
 from dataclasses import replace
@@ -46,6 +47,20 @@ async def load(url: str) -> str:
         except gemma_wgpu.ModelError as raised:
             error = str(raised)
     return json.dumps({"error": error, "warnings": [str(w.message) for w in caught], "progress": progress})
+
+
+async def cancelled(url: str) -> None:
+    """Begin to load a model, give up when nothing comes any more, and wait until that is done with."""
+    came: list[int] = []
+    loading = asyncio.ensure_future(gemma_wgpu.load_async(url, progress=lambda done, _: came.append(done)))
+    seen = -1
+    while not came or seen != len(came):
+        seen = len(came)
+        await asyncio.sleep(0.5)
+    loading.cancel()
+    await asyncio.wait([loading])
+    assert loading.cancelled()
+    await asyncio.sleep(0.5)
 
 
 async def generate(url: str, prompt: list[int], options: list[dict[str, Any]]) -> str:

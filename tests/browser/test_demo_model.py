@@ -61,7 +61,7 @@ def test_the_text_is_the_native_one_and_weights_stay_out_of_pythons_memory(
 
     before = buffers()
     chromium.page.evaluate(
-        "code => { const show = (result) => { window.result = String(result) }; inPage(code, true).then(show, show) }",
+        "code => { const show = (result) => { window.result = `${result}` }; inPage(code, true).then(show, show) }",
         f"from tests.browser.inside import generate_demo; await generate_demo({url!r}, {PROMPT!r}, {TOKENS})",
     )
     peak, result = before, None

@@ -13,7 +13,7 @@ import pytest
 
 from gemma_wgpu.weights.manifest import Manifest
 from tests.browser.conftest import SUB_PATH, Chromium
-from tests.host import Host, answer, drop, flipped, reset, whole
+from tests.host import Host, answer, drop, flipped, reset, stall, whole
 
 SMALL_FILES = ["manifest.json", "config.json", "vocabulary.bin"]
 HIDE_FILES = "Object.defineProperty(navigator.storage, 'getDirectory', { value: undefined, configurable: true })"
@@ -142,6 +142,29 @@ def test_addresses_relative_to_the_page(chromium: Chromium, site: Path, small_mo
     assert [url for url in kept if url.startswith(chromium.origins[0])] == [
         f"{chromium.origins[0]}/{SUB_PATH}/models/model"
     ]
+
+
+def test_a_hugging_face_id(chromium: Chromium, host: Host, shards: list[str], small_model: Path) -> None:
+    """Of a repository with a model folder."""
+    headers = {"Access-Control-Allow-Origin": "*"}
+    origin = "https://huggingface.co"
+    chromium.origins.append(origin)
+    chromium.page.context.route(
+        f"{origin}/someone/small/resolve/main/*",
+        lambda route: route.fulfill(path=small_model / route.request.url.rpartition("/")[2], headers=headers),
+    )
+    loads(chromium, "someone/small")
+    chromium.page.context.unroute_all()
+    chromium.origins.remove(origin)
+
+
+def test_a_load_that_is_cancelled(chromium: Chromium, host: Host, url: str, shards: list[str]) -> None:
+    host.replies[shards[1]] = [stall(100_000)]
+    chromium.run(f"from tests.browser.inside import cancelled; await cancelled({url!r})")
+    host.replies.clear()
+    host.asked()
+    loads(chromium, url)
+    assert host.asked()[:2] == [("manifest.json", None), (shards[1], "bytes=100000-")]
 
 
 def test_a_server_that_stops_inside_a_shard(
