@@ -167,8 +167,9 @@ class Model:
         return self.device.buffer(4 * 2 * size, label)
 
     async def _load_norm(self, weights: Weights, name: str, buffer: Buffer, row: int) -> None:
-        data = await weights.norm_words(name)
-        self.device.put(buffer, data, row * data.nbytes)
+        factors = await weights.norm_factors(name)
+        self._identity.update(factors.tobytes())
+        self.device.write(buffer, factors, row * factors.nbytes)
 
     @property
     def slot_bytes(self) -> int:

@@ -50,7 +50,7 @@ class Weights(ABC):
         """The matrix of a name in `matrix_shapes`. Raises ModelError for any other."""
 
     @abstractmethod
-    async def norm_words(self, name: str) -> Data:
+    async def norm_factors(self, name: str) -> NDArray[np.float32]:
         """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class Checkpoint(Weights):
     def norm(self, name: str) -> NDArray[np.float32]:
         """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
 
-    async def norm_words(self, name: str) -> Data:
+    async def norm_factors(self, name: str) -> NDArray[np.float32]:
         """`norm`."""
         return self.norm(name)
 

@@ -1,7 +1,10 @@
-"""A model folder on the web, whose shards go to the GPU without entering Python's memory."""
+"""A model folder on the web, whose matrices go to the GPU without entering Python's memory."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError
@@ -58,12 +61,12 @@ class HostedFolder(Weights):
             raise ModelError(f"{self._folder.url}: Gemma 3 has no matrix {name}")
         return _HostedTensor(self._entries[name], self)
 
-    async def norm_words(self, name: str) -> Data:
+    async def norm_factors(self, name: str) -> NDArray[np.float32]:
         """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
         if name not in norm_shapes(self.config):
             raise ModelError(f"{self._folder.url}: Gemma 3 has no norm {name}")
         [part] = self._entries[name].parts
-        return (await self.shard(part.shard)).slice(*part.quants)
+        return np.frombuffer((await self.shard(part.shard)).slice(*part.quants).to_bytes(), np.float32)
 
     def tokenizer(self) -> Tokenizer:
         """The vocabulary's tokenizer. Raises ModelError when that is damaged."""
