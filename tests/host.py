@@ -1,6 +1,7 @@
 """A real server of a model folder, which can do all that servers and connections do."""
 
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,9 +15,14 @@ def whole(handler: "Handler", data: bytes) -> None:
     handler.send_part(data)
 
 
-def drop(after: int) -> Reply:
-    """Close the connection when so many bytes have been sent."""
-    return lambda handler, data: handler.send_part(data, most=after)
+def drop(after: int, linger: float = 0.0) -> Reply:
+    """Close the connection when so many bytes have been sent, and have had `linger` seconds to arrive."""
+
+    def reply(handler: "Handler", data: bytes) -> None:
+        handler.send_part(data, most=after)
+        time.sleep(linger)
+
+    return reply
 
 
 def stall(after: int) -> Reply:
