@@ -242,7 +242,8 @@ def load(
       GPU has it. Sums and the residual stream are float32 in both.
     - context_length: tokens of prompt and text together; 4096 by default, or what the model has if less.
     - prefill_chunk: the most tokens of a prompt that are computed at once.
-    - progress: called with (bytes done, bytes in all) of a download, then of the weights going to the GPU.
+    - progress: called with (bytes done, bytes in all) of a download, then of the weights going to the GPU. In a
+      browser both happen at once, and bytes are done when they have come.
 
     Raises ModelError when the model is missing, damaged or not a Gemma 3; DeviceError when there is no GPU or it
     lacks memory or f16; RequestError for an option out of its range.
