@@ -49,6 +49,8 @@ class Kernels:
         self._half = half
         self._on_cpu = device.info.type == "CPU"
         self.lanes = lanes(device.info)
+        # Natively, since in WGSL `enable subgroups` must be said, but not to naga; browsers' CPU adapter has them of 4.
+        self.subgroups = self._on_cpu and "subgroups" in device.features and device.info.backend != "WebGPU"
 
     def splits(self, window: int) -> int:
         """Into how many shares decode divides the positions of a layer that sees `window` of them."""
@@ -65,7 +67,8 @@ class Kernels:
         half: bool | None = None,
     ) -> Dispatch:
         x, y, z = (*workgroups, 1, 1)[:3]
-        pipeline = self._device.pipeline(shader, constants, half=self._half if half is None else half)
+        half = self._half if half is None else half
+        pipeline = self._device.pipeline(shader, constants, half=half, subgroups=self.subgroups and self.lanes == 1)
         return Dispatch(pipeline, bindings, (x, y, z))
 
     def _spread(self, workgroups: int) -> tuple[int, int]:
@@ -74,7 +77,7 @@ class Kernels:
         return ceil_div(workgroups, y), y
 
     def _rows_grid(self, rows: int) -> tuple[int, int]:
-        return self._spread(ceil_div(rows, _REDUCE // self.lanes))
+        return self._spread(ceil_div(rows, 2 * (_REDUCE // self.lanes)))
 
     def embed(
         self, part: Part, state: Buffer, tokens: Buffer, residual: Buffer, *, scale: float, max_count: int
@@ -124,7 +127,7 @@ class Kernels:
         rows = part.rows // 2 if geglu else part.rows
         constants = _weights(part) | self._teams() | {"ROWS": rows, "EPS": eps, "ADD": add, "GEGLU": geglu}
         bindings = (part.quants, part.scales, state, residual, previous, norms, new_residual, y)
-        return self._dispatch("norm_matvec", constants, bindings, *self._rows_grid(rows))
+        return self._dispatch("norm_matvec", constants, bindings, *self._rows_grid(part.rows))
 
     def matmul(
         self, part: Part, state: Buffer, x: Buffer, y: Buffer, *, stride: int, scale: float = 1.0, max_count: int
@@ -253,7 +256,7 @@ class Kernels:
         return self._dispatch("sample", constants, (state, sampling, logits, summaries, tokens, seen), 1)
 
     def _teams(self) -> dict[str, int]:
-        return {"WORKGROUP_SIZE": _REDUCE, "LANES": self.lanes, "ROWS_PER_TEAM": 1}
+        return {"WORKGROUP_SIZE": _REDUCE, "LANES": self.lanes}
 
 
 def _weights(part: Part) -> dict[str, int | float | bool]:

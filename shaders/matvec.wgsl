@@ -2,12 +2,12 @@
 //     y[r] = sum_k W[r, k] x[k]
 //
 // W: weights.wgsl [ROWS, K]      x f32 [K]      y f32: rows [FIRST_ROW, FIRST_ROW + ROWS) of it are written
-// Workgroup: WORKGROUP_SIZE / LANES teams of LANES threads; a team computes ROWS_PER_TEAM rows, its threads taking every
-// LANES-th block of 32 columns. LANES = 1 suits CPU adapters, where a barrier costs more than it saves.
+// Workgroup: WORKGROUP_SIZE / LANES teams of LANES threads. A team computes two rows at once, so that x is read once for
+// both, its threads taking every LANES-th block of 32 columns. LANES = 1 suits CPU adapters, where a barrier costs more
+// than it saves.
 // Grid: x * y workgroups cover the rows.
 override WORKGROUP_SIZE: u32;
 override LANES: u32;
-override ROWS_PER_TEAM: u32;
 override K: u32;
 override ROWS: u32;
 override FIRST_ROW: u32;
@@ -18,27 +18,23 @@ override FIRST_ROW: u32;
 @group(0) @binding(1) var<storage, read> scales: array<u32>;
 @group(0) @binding(2) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
+#include "sharing.wgsl"
 
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let team = (group.y * groups.x + group.x) * (WORKGROUP_SIZE / LANES) + thread / LANES;
-    for (var i = 0u; i < ROWS_PER_TEAM; i++) {
-        let row = team * ROWS_PER_TEAM + i;
-        let first_block = min(row, ROWS - 1u) * (K / 32u);
-        var sum = 0.0;
-        for (var block = thread % LANES; block < K / 32u; block += LANES) {
-            let w = dequantize(first_block + block);
-            for (var j = 0u; j < 8u; j++) {
-                sum += dot(w[j], x[block * 8u + j]);
-            }
-        }
-        sum = team_sum(thread, sum);
-        if thread % LANES == 0u && row < ROWS {
-            y[FIRST_ROW + row] = sum;
-        }
+fn main(place: Place) {
+    let thread = place.thread;
+    let team = (place.group.y * place.groups.x + place.group.x) * (WORKGROUP_SIZE / LANES) + thread / LANES;
+    let row = 2u * team;
+    let first = min(row, ROWS - 1u) * (K / 32u);
+    let second = min(row + 1u, ROWS - 1u) * (K / 32u);
+    var sums = vec2(0.0);
+    for (var block = thread % LANES; block < K / 32u; block += LANES) {
+        let x_part = x_block(block, place);
+        sums += vec2(block_dot(dequantize(first + block), x_part), block_dot(dequantize(second + block), x_part));
+    }
+    sums = team_sum(thread, sums);
+    if thread % LANES == 0u {
+        if row < ROWS { y[FIRST_ROW + row] = sums.x; }
+        if row + 1u < ROWS { y[FIRST_ROW + row + 1u] = sums.y; }
     }
 }

@@ -9,10 +9,9 @@
 // W: weights.wgsl [ROWS, K], or [2 ROWS, K] where GEGLU      residual f32 [max count, K]      previous f32 [max count, K]
 // norms f32 [2, K]: post_weight, weight (1 + w of the report)      new_residual f32 [>= 1, K]
 // y f32: rows [FIRST_ROW, FIRST_ROW + ROWS) of it are written
-// Workgroup: see matvec.wgsl.
+// Workgroup: see matvec.wgsl; where GEGLU, the two rows of a team are a gate and its up.
 override WORKGROUP_SIZE: u32;
 override LANES: u32;
-override ROWS_PER_TEAM: u32;
 override K: u32;
 override ROWS: u32;
 override FIRST_ROW: u32;
@@ -20,6 +19,7 @@ override EPS: f32;
 override ADD: bool;
 override GEGLU: bool;
 override VECTORS = K / 4u;
+override LAST_ROW = select(ROWS, 2u * ROWS, GEGLU) - 1u;
 #include "weights.wgsl"
 #include "team.wgsl"
 #include "reduce.wgsl"
@@ -36,6 +36,7 @@ override VECTORS = K / 4u;
 @group(0) @binding(7) var<storage, read_write> y: array<f32>;
 
 var<workgroup> x: array<vec4<f32>, VECTORS>;
+#include "sharing.wgsl"
 
 fn normalize_x(thread: u32, is_first: bool) {
     let start = (state.count - 1u) * VECTORS;
@@ -64,37 +65,28 @@ fn normalize_x(thread: u32, is_first: bool) {
     workgroupBarrier();
 }
 
-fn row_dot(row: u32, lane: u32) -> f32 {
-    let first_block = row * (K / 32u);
-    var sum = 0.0;
-    for (var block = lane; block < K / 32u; block += LANES) {
-        let w = dequantize(first_block + block);
-        for (var j = 0u; j < 8u; j++) {
-            sum += dot(w[j], x[block * 8u + j]);
-        }
-    }
-    return sum;
-}
-
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group_index = group.y * groups.x + group.x;
+fn main(place: Place) {
+    let thread = place.thread;
+    let group_index = place.group.y * place.groups.x + place.group.x;
     normalize_x(thread, group_index == 0u);
     let team = group_index * (WORKGROUP_SIZE / LANES) + thread / LANES;
-    let lane = thread % LANES;
-    for (var i = 0u; i < ROWS_PER_TEAM; i++) {
-        let row = team * ROWS_PER_TEAM + i;
-        let within = min(row, ROWS - 1u);
-        var value = team_sum(thread, row_dot(within, lane));
+    var rows = vec2(2u * team, 2u * team + 1u);
+    if GEGLU { rows = vec2(team, ROWS + team); }
+    let first = min(rows.x, LAST_ROW) * (K / 32u);
+    let second = min(rows.y, LAST_ROW) * (K / 32u);
+    var sums = vec2(0.0);
+    for (var block = thread % LANES; block < K / 32u; block += LANES) {
+        let x_part = x_block(block, place);
+        sums += vec2(block_dot(dequantize(first + block), x_part), block_dot(dequantize(second + block), x_part));
+    }
+    sums = team_sum(thread, sums);
+    if thread % LANES == 0u {
         if GEGLU {
-            value = gelu(value) * team_sum(thread, row_dot(within + ROWS, lane));
-        }
-        if lane == 0u && row < ROWS {
-            y[FIRST_ROW + row] = value;
+            if team < ROWS { y[FIRST_ROW + team] = gelu(sums.x) * sums.y; }
+        } else {
+            if rows.x < ROWS { y[FIRST_ROW + rows.x] = sums.x; }
+            if rows.y < ROWS { y[FIRST_ROW + rows.y] = sums.y; }
         }
     }
 }

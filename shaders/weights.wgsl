@@ -31,79 +31,98 @@ fn from_bf16(low: u32, high: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(words);
 }
 
-fn from_int8(words: vec4<u32>, index: u32, scale: f32) -> vec4<f32> {
-    return vec4<f32>(unpack4xI8(words[index])) * scale;
+fn from_int8(word: u32, scale: f32) -> vec4<f32> {
+    return vec4<f32>(unpack4xI8(word)) * scale;
 }
 
-// 16 bytes hold elements 0 to 15 in their low nibbles and 16 to 31 in their high ones.
-fn from_int4(words: vec4<u32>, scale: f32, offset: f32) -> Block {
-    var out: Block;
-    for (var i = 0u; i < 4u; i++) {
-        out[i] = vec4<f32>(unpack4xU8(words[i] & 0x0f0f0f0fu)) * scale + offset;
-        out[i + 4u] = vec4<f32>(unpack4xU8((words[i] >> 4u) & 0x0f0f0f0fu)) * scale + offset;
-    }
-    return out;
+// The low nibbles of a word: in an int4 block, elements 4i to 4i + 3 for word i, and 16 + 4i to 19 + 4i in the high ones.
+fn from_int4(word: u32, scale: f32, offset: f32) -> vec4<f32> {
+    return vec4<f32>(unpack4xU8(word & 0x0f0f0f0fu)) * scale + offset;
 }
 
-// The 32 weights of a block, in order.
+fn int8_block(block: u32, first: f32, second: f32) -> Block {
+    let low = quants[block * 2u];
+    let high = quants[block * 2u + 1u];
+    return Block(
+        from_int8(low.x, first), from_int8(low.y, first), from_int8(low.z, first), from_int8(low.w, first),
+        from_int8(high.x, second), from_int8(high.y, second), from_int8(high.z, second), from_int8(high.w, second),
+    );
+}
+
+fn int4_block(block: u32, scale: f32, offset: f32) -> Block {
+    let low = quants[block];
+    let high = low >> vec4(4u);
+    return Block(
+        from_int4(low.x, scale, offset), from_int4(low.y, scale, offset),
+        from_int4(low.z, scale, offset), from_int4(low.w, scale, offset),
+        from_int4(high.x, scale, offset), from_int4(high.y, scale, offset),
+        from_int4(high.z, scale, offset), from_int4(high.w, scale, offset),
+    );
+}
+
+// The 32 weights of a block, in order. No loops: naga guards each against running for ever, which on a CPU adapter costs
+// more than what is in them.
 fn dequantize(block: u32) -> Block {
-    var out: Block;
     switch LAYOUT {
         case F32: {
-            for (var i = 0u; i < 8u; i++) { out[i] = bitcast<vec4<f32>>(quants[block * 8u + i]); }
+            let at = block * 8u;
+            return Block(
+                bitcast<vec4<f32>>(quants[at]), bitcast<vec4<f32>>(quants[at + 1u]),
+                bitcast<vec4<f32>>(quants[at + 2u]), bitcast<vec4<f32>>(quants[at + 3u]),
+                bitcast<vec4<f32>>(quants[at + 4u]), bitcast<vec4<f32>>(quants[at + 5u]),
+                bitcast<vec4<f32>>(quants[at + 6u]), bitcast<vec4<f32>>(quants[at + 7u]),
+            );
         }
         case F16: {
-            for (var i = 0u; i < 4u; i++) {
-                let words = quants[block * 4u + i];
-                out[2u * i] = from_f16(words.x, words.y);
-                out[2u * i + 1u] = from_f16(words.z, words.w);
-            }
+            let a = quants[block * 4u];
+            let b = quants[block * 4u + 1u];
+            let c = quants[block * 4u + 2u];
+            let d = quants[block * 4u + 3u];
+            return Block(
+                from_f16(a.x, a.y), from_f16(a.z, a.w), from_f16(b.x, b.y), from_f16(b.z, b.w),
+                from_f16(c.x, c.y), from_f16(c.z, c.w), from_f16(d.x, d.y), from_f16(d.z, d.w),
+            );
         }
         case BF16: {
-            for (var i = 0u; i < 4u; i++) {
-                let words = quants[block * 4u + i];
-                out[2u * i] = from_bf16(words.x, words.y);
-                out[2u * i + 1u] = from_bf16(words.z, words.w);
-            }
+            let a = quants[block * 4u];
+            let b = quants[block * 4u + 1u];
+            let c = quants[block * 4u + 2u];
+            let d = quants[block * 4u + 3u];
+            return Block(
+                from_bf16(a.x, a.y), from_bf16(a.z, a.w), from_bf16(b.x, b.y), from_bf16(b.z, b.w),
+                from_bf16(c.x, c.y), from_bf16(c.z, c.w), from_bf16(d.x, d.y), from_bf16(d.z, d.w),
+            );
         }
         case INT8: {
-            let low = quants[block * 2u];
-            let high = quants[block * 2u + 1u];
             let d = f16_scale(block);
-            for (var i = 0u; i < 4u; i++) {
-                out[i] = from_int8(low, i, d);
-                out[i + 4u] = from_int8(high, i, d);
-            }
+            return int8_block(block, d, d);
         }
         case INT8_SUPER: {
-            let low = quants[block * 2u];
-            let high = quants[block * 2u + 1u];
             let super_block = block / 8u * 5u;
             let d = unpack2x16float(scales[super_block]).x;
             let index = block % 8u * 2u;  // of the first of this block's two 8-bit scales
             let sc = vec4<f32>(unpack4xI8(scales[super_block + 1u + index / 4u]));
-            let first = d * sc[index % 4u];
-            let second = d * sc[index % 4u + 1u];
-            for (var i = 0u; i < 4u; i++) {
-                out[i] = from_int8(low, i, first);
-                out[i + 4u] = from_int8(high, i, second);
-            }
+            return int8_block(block, d * sc[index % 4u], d * sc[index % 4u + 1u]);
         }
         case INT4: {
             let d = f16_scale(block);
-            out = from_int4(quants[block], d, -8.0 * d);
+            return int4_block(block, d, -8.0 * d);
         }
         case INT4_OFFSET: {
             let scale = unpack2x16float(scales[block]);
-            out = from_int4(quants[block], scale.x, scale.y);
+            return int4_block(block, scale.x, scale.y);
         }
         default: {  // INT4_SUPER
             let super_block = block / 8u * 5u;
             let d = unpack2x16float(scales[super_block]);
             let index = block % 8u * 2u;
             let sc = vec4<f32>(unpack4xU8(scales[super_block + 1u + index / 4u]));
-            out = from_int4(quants[block], d.x * sc[index % 4u], -d.y * sc[index % 4u + 1u]);
+            return int4_block(block, d.x * sc[index % 4u], -d.y * sc[index % 4u + 1u]);
         }
     }
-    return out;
+}
+
+fn block_dot(a: Block, b: Block) -> f32 {
+    return dot(a[0], b[0]) + dot(a[1], b[1]) + dot(a[2], b[2]) + dot(a[3], b[3])
+        + dot(a[4], b[4]) + dot(a[5], b[5]) + dot(a[6], b[6]) + dot(a[7], b[7]);
 }

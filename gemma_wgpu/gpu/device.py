@@ -170,14 +170,14 @@ class Device(abc.ABC):
         self.write(buffer, data)
         return buffer
 
-    def pipeline(self, shader: str, constants: Constants, *, half: bool = False) -> Pipeline:
+    def pipeline(self, shader: str, constants: Constants, *, half: bool = False, subgroups: bool = False) -> Pipeline:
         """`shaders/<shader>.wgsl` compiled with its `override` constants; one for each distinct request.
 
-        `half` makes the type `half` of the shaders f16 instead of f32.
+        `half` makes the type `half` of the shaders f16 instead of f32, `subgroups` takes their variants with subgroups.
         """
-        key = (shader, half, *sorted(constants.items()))
+        key = (shader, half, subgroups, *sorted(constants.items()))
         if key not in self._pipelines:
-            source = load_shader(shader, half=half)
+            source = load_shader(shader, half=half, subgroups=subgroups)
             self._pipelines[key] = Pipeline(self._create_pipeline(shader, source, constants), shader)
         return self._pipelines[key]
 

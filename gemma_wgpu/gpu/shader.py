@@ -1,7 +1,8 @@
 """The preprocessor of the shaders, which does two things and no more.
 
 * The type `half` is f16 or f32: a first line `enable f16; alias half = f16;` or `alias half = f32;` is put in front.
-* A line `#include "name.wgsl"` is replaced by that file.
+* A line `#include "name.wgsl"` is replaced by that file, or by `name.subgroups.wgsl` where there is one and subgroups are
+  asked for. (WGSL has no condition that would hide an operation from a compiler that lacks it.)
 
 All other variation is by WGSL `override` constants.
 """
@@ -11,21 +12,32 @@ from __future__ import annotations
 import functools
 import re
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 _INCLUDE = re.compile(r'^#include "([a-z0-9_]+)\.wgsl"$', re.MULTILINE)
 
 
 @functools.cache
-def _read(name: str) -> str:
+def _find(name: str) -> Traversable | None:
     packaged = files("gemma_wgpu") / "shaders" / f"{name}.wgsl"
-    if packaged.is_file():
-        return packaged.read_text(encoding="utf-8")
     checkout = Path(__file__).parents[2] / "shaders" / f"{name}.wgsl"
-    return checkout.read_text(encoding="utf-8")
+    return next((file for file in (packaged, checkout) if file.is_file()), None)
 
 
-def load_shader(name: str, *, half: bool) -> str:
+@functools.cache
+def _read(name: str) -> str:
+    file = _find(name)
+    assert file is not None, name
+    return file.read_text(encoding="utf-8")
+
+
+def load_shader(name: str, *, half: bool, subgroups: bool = False) -> str:
     """The WGSL of `shaders/<name>.wgsl`, preprocessed, with f16 (`half`) or f32 as its type `half`."""
+
+    def included(match: re.Match[str]) -> str:
+        variant = f"{match[1]}.subgroups"
+        return _read(variant if subgroups and _find(variant) else match[1])
+
     prologue = "enable f16; alias half = f16;\n" if half else "alias half = f32;\n"
-    return prologue + _INCLUDE.sub(lambda match: _read(match[1]), _read(name))
+    return prologue + _INCLUDE.sub(included, _read(name))
