@@ -99,10 +99,15 @@ class Kernels:
         eps: float,
         add: bool,
         max_count: int,
+        last: bool = False,
+        half: bool | None = None,
     ) -> Dispatch:
-        """Norm of the residual, after adding the norm of `y` to it where `add`."""
-        constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "EPS": eps, "ADD": add}
-        return self._dispatch("rms_norm", constants, (state, residual, y, norms, out), max_count)
+        """Norm of the residual, after adding the norm of `y` to it where `add`; of the `last` token only.
+
+        `half` says what `out` holds, if not what the precision says.
+        """
+        constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "EPS": eps, "ADD": add, "LAST": last}
+        return self._dispatch("rms_norm", constants, (state, residual, y, norms, out), max_count, half=half)
 
     def matvec(self, part: Part, x: Buffer, y: Buffer) -> Dispatch:
         """A part of a matrix times a vector."""

@@ -214,6 +214,7 @@ class Model:
         self.y = buffer(4 * chunk * config.hidden_size, "y")  # what a block's half adds to the residual
         self.qkv = buffer(4 * chunk * qkv_size, "qkv")
         self.gate_up = buffer(4 * chunk * 2 * config.intermediate_size, "gate_up")
+        self.final = buffer(4 * config.hidden_size, "final norm")
         self.logits = buffer(4 * vocab, "logits")
         # of decode
         self.attended = buffer(4 * config.query_size, "attended")
@@ -380,24 +381,22 @@ class Model:
 
     @cached_property
     def _head_program(self) -> Program:
-        """The logits of the last token."""
-        old, new = self.residuals
-        return self.device.record(
-            [
-                self._kernels.norm_matvec(
-                    part,
-                    self.state,
-                    old,
-                    self.y,
-                    self.final_norms,
-                    new,
-                    self.logits,
-                    eps=self.config.rms_norm_eps,
-                    add=True,
-                )
-                for part in self.embedding.parts
-            ]
+        """The logits of the last token. The norm is on its own: the head has too many workgroups to repeat it in each."""
+        norm = self._kernels.rms_norm(
+            self.state,
+            self.residuals[0],
+            self.y,
+            self.final_norms,
+            self.final,
+            size=self.config.hidden_size,
+            eps=self.config.rms_norm_eps,
+            add=True,
+            max_count=1,
+            last=True,
+            half=False,
         )
+        parts = [self._kernels.matvec(part, self.final, self.logits) for part in self.embedding.parts]
+        return self.device.record([norm, *parts])
 
     @cached_property
     def _sample_program(self) -> Program:

@@ -3,13 +3,15 @@
 //     out       = weight * residual / rms(residual)
 // with rms(v) = sqrt(mean(v^2) + eps), in f32. The weights are 1 + w of the report.
 //
-// residual, y f32 [max count, K], from token state.first on      out half [max count, K]
+// residual, y f32 [max count, K], from token state.first on, or the step's last one alone where LAST
+// out half [max count, K]
 // norms f32 [2, K]: post_weight, weight
 // Grid: one workgroup a token.
 override WORKGROUP_SIZE: u32;
 override K: u32;
 override EPS: f32;
 override ADD: bool;
+override LAST: bool;
 #include "reduce.wgsl"
 #include "state.wgsl"
 
@@ -23,7 +25,7 @@ override ADD: bool;
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     if group.x >= state.count { return; }
     let size = K / 4u;
-    let start = (state.first + group.x) * size;
+    let start = select(state.first + group.x, state.count - 1u, LAST) * size;
     if ADD {
         var squares = 0.0;
         for (var i = thread; i < size; i += WORKGROUP_SIZE) {

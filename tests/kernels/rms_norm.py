@@ -18,6 +18,7 @@ class Case:
     add: bool
     half: bool
     first: int = 0
+    last: bool = False
 
 
 CASES = tuple(
@@ -27,6 +28,7 @@ CASES = tuple(
         Case(640, 3, 5, add=True, half=half),
         Case(1152, 1, 1, add=False, half=half),
         Case(1152, 4, 4, add=True, half=half, first=3),
+        Case(640, 5, 1, add=True, half=half, last=True),
         Case(32, 7, 8, add=True, half=half),  # fewer vectors than threads
     )
 )
@@ -34,7 +36,7 @@ CASES = tuple(
 
 async def check(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.size + case.count)
-    eps, rows = 1e-6, case.first + case.max_count
+    eps, rows = 1e-6, case.first + max(case.count, case.max_count)
     shape = rows, case.size
     residual = rng.standard_normal(shape) * np.where(rng.random(shape) < 0.02, 1e5, 1)
     residual[case.first] = 0 if not case.add else 1e-5  # eps decides
@@ -55,13 +57,15 @@ async def check(device: Device, case: Case) -> None:
                 eps=eps,
                 add=case.add,
                 max_count=case.max_count,
+                last=case.last,
             )
         )
         actual_residual = await bench.get(residual_buffer, *shape)
         actual = await bench.get(out_buffer, case.max_count, case.size, dtype=bench.half)
 
     expected, error = residual.astype(np.float64), np.zeros(shape)
-    tokens = slice(case.first, case.first + case.count)
+    tokens = slice(case.count - 1 if case.last else case.first, case.first + case.count)
+    count = tokens.stop - tokens.start
     if case.add:
         added = normalize(y[tokens].astype(np.float64), norms[0], eps)
         error[tokens] = F32 * (np.abs(expected[tokens]) + np.abs(added))
@@ -71,5 +75,5 @@ async def check(device: Device, case: Case) -> None:
     out = normalize(expected[tokens], norms[1], eps)
     scale = np.abs(norms[1]) / np.sqrt(np.mean(expected[tokens] ** 2, 1, keepdims=True) + eps)
     stored = F16 * np.abs(out) + F16_SMALLEST if case.half else 0
-    close("out", actual[: case.count], out, F32 * np.abs(out) + error[tokens] * scale + stored)
-    same("rows outside", actual[case.count :], UNTOUCHED)
+    close("out", actual[:count], out, F32 * np.abs(out) + error[tokens] * scale + stored)
+    same("rows outside", actual[count:], UNTOUCHED)
