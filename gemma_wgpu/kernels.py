@@ -138,10 +138,36 @@ class Kernels:
         self, part: Part, state: Buffer, x: Buffer, y: Buffer, *, stride: int, scale: float = 1.0, max_count: int
     ) -> Dispatch:
         """A part of a matrix times the vectors of the tokens; `stride` is the length of a row of `y`."""
-        constants = _weights(part) | {"TOKENS": _MATMUL_TOKENS, "STRIDE": stride, "SCALE": scale}
+        tokens = 8 if self.subgroups else _MATMUL_TOKENS
+        constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale}
         bindings = (part.quants, part.scales, state, x, y)
-        grid = ceil_div(part.rows, _MATMUL_ROWS), ceil_div(max_count, _MATMUL_TOKENS)
+        grid = ceil_div(part.rows, _MATMUL_ROWS), ceil_div(max_count, tokens)
         return self._dispatch("matmul", constants, bindings, *grid)
+
+    def quantize(
+        self, state: Buffer, x: Buffer, q: Buffer, factors: Buffer, *, size: int, max_count: int
+    ) -> Dispatch:
+        """The vectors of the tokens as 8-bit integers, for `matmul_int8`."""
+        grid = ceil_div(size // 32, 64), max_count
+        return self._dispatch("quantize", {"K": size}, (state, x, q, factors), *grid)
+
+    def matmul_int8(
+        self,
+        part: Part,
+        state: Buffer,
+        q: Buffer,
+        factors: Buffer,
+        y: Buffer,
+        *,
+        stride: int,
+        scale: float = 1.0,
+        max_count: int,
+    ) -> Dispatch:
+        """`matmul` for a layout of integers, with the vectors that `quantize` made."""
+        constants = _weights(part) | {"STRIDE": stride, "SCALE": scale}
+        bindings = (part.quants, part.scales, state, q, factors, y)
+        grid = ceil_div(part.rows, 128), ceil_div(max_count, 8)
+        return self._dispatch("matmul_int8", constants, bindings, *grid)
 
     def geglu(
         self, state: Buffer, gate_up: Buffer, out: Buffer, *, size: int, scale: float, max_count: int, half: bool

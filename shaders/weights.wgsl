@@ -31,33 +31,48 @@ fn from_bf16(low: u32, high: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(words);
 }
 
-fn from_int8(word: u32, scale: f32) -> vec4<f32> {
-    return vec4<f32>(unpack4xI8(word)) * scale;
+// The 32 integers of a block, in order, as the signed bytes of 8 words.
+fn integers(block: u32) -> array<vec4<u32>, 2> {
+    if LAYOUT == INT8 || LAYOUT == INT8_SUPER { return array(quants[block * 2u], quants[block * 2u + 1u]); }
+    let nibbles = quants[block];  // 16 bytes hold elements 0 to 15 in their low halves and 16 to 31 in their high ones
+    return array(nibbles & vec4(0x0f0f0f0fu), (nibbles >> vec4(4u)) & vec4(0x0f0f0f0fu));
 }
 
-// The low nibbles of a word: in an int4 block, elements 4i to 4i + 3 for word i, and 16 + 4i to 19 + 4i in the high ones.
-fn from_int4(word: u32, scale: f32, offset: f32) -> vec4<f32> {
-    return vec4<f32>(unpack4xU8(word & 0x0f0f0f0fu)) * scale + offset;
+// What turns them into weights: (factor of the first 16, factor of the others, what is added).
+fn factors(block: u32) -> vec3<f32> {
+    switch LAYOUT {
+        case INT8: {
+            let d = f16_scale(block);
+            return vec3(d, d, 0.0);
+        }
+        case INT8_SUPER: {
+            let super_block = block / 8u * 5u;
+            let d = unpack2x16float(scales[super_block]).x;
+            let index = block % 8u * 2u;  // of the first of this block's two 8-bit scales
+            let sc = vec4<f32>(unpack4xI8(scales[super_block + 1u + index / 4u]));
+            return vec3(d * sc[index % 4u], d * sc[index % 4u + 1u], 0.0);
+        }
+        case INT4: {
+            let d = f16_scale(block);
+            return vec3(d, d, -8.0 * d);
+        }
+        case INT4_OFFSET: {
+            let scale = unpack2x16float(scales[block]);
+            return scale.xxy;
+        }
+        default: {  // INT4_SUPER
+            let super_block = block / 8u * 5u;
+            let d = unpack2x16float(scales[super_block]);
+            let index = block % 8u * 2u;
+            let sc = vec4<f32>(unpack4xU8(scales[super_block + 1u + index / 4u]));
+            let scale = d.x * sc[index % 4u];
+            return vec3(scale, scale, -d.y * sc[index % 4u + 1u]);
+        }
+    }
 }
 
-fn int8_block(block: u32, first: f32, second: f32) -> Block {
-    let low = quants[block * 2u];
-    let high = quants[block * 2u + 1u];
-    return Block(
-        from_int8(low.x, first), from_int8(low.y, first), from_int8(low.z, first), from_int8(low.w, first),
-        from_int8(high.x, second), from_int8(high.y, second), from_int8(high.z, second), from_int8(high.w, second),
-    );
-}
-
-fn int4_block(block: u32, scale: f32, offset: f32) -> Block {
-    let low = quants[block];
-    let high = low >> vec4(4u);
-    return Block(
-        from_int4(low.x, scale, offset), from_int4(low.y, scale, offset),
-        from_int4(low.z, scale, offset), from_int4(low.w, scale, offset),
-        from_int4(high.x, scale, offset), from_int4(high.y, scale, offset),
-        from_int4(high.z, scale, offset), from_int4(high.w, scale, offset),
-    );
+fn from_int8(word: u32, factor: f32, offset: f32) -> vec4<f32> {
+    return vec4<f32>(unpack4xI8(word)) * factor + offset;
 }
 
 // The 32 weights of a block, in order. No loops: naga guards each against running for ever, which on a CPU adapter costs
@@ -93,36 +108,25 @@ fn dequantize(block: u32) -> Block {
                 from_bf16(c.x, c.y), from_bf16(c.z, c.w), from_bf16(d.x, d.y), from_bf16(d.z, d.w),
             );
         }
-        case INT8: {
-            let d = f16_scale(block);
-            return int8_block(block, d, d);
-        }
-        case INT8_SUPER: {
-            let super_block = block / 8u * 5u;
-            let d = unpack2x16float(scales[super_block]).x;
-            let index = block % 8u * 2u;  // of the first of this block's two 8-bit scales
-            let sc = vec4<f32>(unpack4xI8(scales[super_block + 1u + index / 4u]));
-            return int8_block(block, d * sc[index % 4u], d * sc[index % 4u + 1u]);
-        }
-        case INT4: {
-            let d = f16_scale(block);
-            return int4_block(block, d, -8.0 * d);
-        }
-        case INT4_OFFSET: {
-            let scale = unpack2x16float(scales[block]);
-            return int4_block(block, scale.x, scale.y);
-        }
-        default: {  // INT4_SUPER
-            let super_block = block / 8u * 5u;
-            let d = unpack2x16float(scales[super_block]);
-            let index = block % 8u * 2u;
-            let sc = vec4<f32>(unpack4xU8(scales[super_block + 1u + index / 4u]));
-            return int4_block(block, d.x * sc[index % 4u], -d.y * sc[index % 4u + 1u]);
+        default: {
+            let q = integers(block);
+            let f = factors(block);
+            return Block(
+                from_int8(q[0].x, f.x, f.z), from_int8(q[0].y, f.x, f.z),
+                from_int8(q[0].z, f.x, f.z), from_int8(q[0].w, f.x, f.z),
+                from_int8(q[1].x, f.y, f.z), from_int8(q[1].y, f.y, f.z),
+                from_int8(q[1].z, f.y, f.z), from_int8(q[1].w, f.y, f.z),
+            );
         }
     }
 }
 
+fn add_dot(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
+    return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
+}
+
+// In two halves: their sums need not wait for each other.
 fn block_dot(a: Block, b: Block) -> f32 {
-    return dot(a[0], b[0]) + dot(a[1], b[1]) + dot(a[2], b[2]) + dot(a[3], b[3])
-        + dot(a[4], b[4]) + dot(a[5], b[5]) + dot(a[6], b[6]) + dot(a[7], b[7]);
+    return add_dot(a[3], b[3], add_dot(a[2], b[2], add_dot(a[1], b[1], add_dot(a[0], b[0], 0.0))))
+        + add_dot(a[7], b[7], add_dot(a[6], b[6], add_dot(a[5], b[5], add_dot(a[4], b[4], 0.0))));
 }

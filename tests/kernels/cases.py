@@ -13,9 +13,11 @@ from tests.kernels import (
     geglu,
     logits_scan,
     matmul,
+    matmul_int8,
     matvec,
     norm_matvec,
     qk_norm_rope,
+    quantize,
     rms_norm,
     sample,
 )
@@ -31,9 +33,11 @@ KERNELS: dict[str, ModuleType] = {
         geglu,
         logits_scan,
         matmul,
+        matmul_int8,
         matvec,
         norm_matvec,
         qk_norm_rope,
+        quantize,
         rms_norm,
         sample,
     )

@@ -1,0 +1,91 @@
+// matmul.wgsl for CPU adapters: they emulate workgroup memory and barriers at a loss, and load for each thread of a subgroup
+// in turn, even if all load the same.
+//     y[t, r] = SCALE sum_k W[r, k] x[t, k]      for t < count, accumulated in f32
+//
+// W: weights.wgsl [ROWS, K]      x half [max count, K]      y f32 [max count, STRIDE]: columns [FIRST_ROW, FIRST_ROW + ROWS)
+// Grid: x = tiles of 64 rows, y = tiles of TOKENS = 8 tokens. A thread computes 8 tokens of a row: it loads the row's weights
+// once for all of them, and one token's x, which the threads of a subgroup hand to each other.
+override TOKENS: u32;
+override K: u32;
+override ROWS: u32;
+override FIRST_ROW: u32;
+override STRIDE: u32;
+override SCALE: f32;
+#include "weights.wgsl"
+#include "state.wgsl"
+
+@group(0) @binding(0) var<storage, read> quants: array<vec4<u32>>;
+@group(0) @binding(1) var<storage, read> scales: array<u32>;
+@group(0) @binding(2) var<storage, read> state: State;
+@group(0) @binding(3) var<storage, read> x: array<vec4<half>>;
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+
+// Where the blocks of token `index` of the tile begin; the last token stands in for those that there are not.
+fn token_row(token: u32, index: u32) -> u32 {
+    return min(token + index, state.count - 1u) * (K / 32u);
+}
+
+fn activations(block: u32) -> Block {
+    let at = block * 8u;
+    return Block(
+        vec4<f32>(x[at]), vec4<f32>(x[at + 1u]), vec4<f32>(x[at + 2u]), vec4<f32>(x[at + 3u]),
+        vec4<f32>(x[at + 4u]), vec4<f32>(x[at + 5u]), vec4<f32>(x[at + 6u]), vec4<f32>(x[at + 7u]),
+    );
+}
+
+// The product with token `index` of the tile, whose x thread `index` of the subgroup has. Subgroups of less than 8 load it.
+fn product(w: Block, mine: Block, index: u32, token: u32, block: u32, subgroup_size: u32) -> f32 {
+    if subgroup_size < 8u { return block_dot(w, activations(token_row(token, index) + block)); }
+    return block_dot(w, Block(
+        subgroupShuffle(mine[0], index), subgroupShuffle(mine[1], index),
+        subgroupShuffle(mine[2], index), subgroupShuffle(mine[3], index),
+        subgroupShuffle(mine[4], index), subgroupShuffle(mine[5], index),
+        subgroupShuffle(mine[6], index), subgroupShuffle(mine[7], index),
+    ));
+}
+
+fn store(token: u32, row: u32, sum: f32) {
+    if token < state.count && row < ROWS { y[token * STRIDE + FIRST_ROW + row] = sum * SCALE; }
+}
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+    @builtin(subgroup_size) size: u32,
+) {
+    let row = group.x * 64u + thread;
+    let token = group.y * TOKENS;
+    if token >= state.count { return; }
+    let blocks = K / 32u;
+    let first = min(row, ROWS - 1u) * blocks;
+    var s0 = 0.0;
+    var s1 = 0.0;
+    var s2 = 0.0;
+    var s3 = 0.0;
+    var s4 = 0.0;
+    var s5 = 0.0;
+    var s6 = 0.0;
+    var s7 = 0.0;
+    for (var block = 0u; block < blocks; block++) {
+        let mine = activations(token_row(token, lane % 8u) + block);
+        let w = dequantize(first + block);
+        s0 += product(w, mine, 0u, token, block, size);
+        s1 += product(w, mine, 1u, token, block, size);
+        s2 += product(w, mine, 2u, token, block, size);
+        s3 += product(w, mine, 3u, token, block, size);
+        s4 += product(w, mine, 4u, token, block, size);
+        s5 += product(w, mine, 5u, token, block, size);
+        s6 += product(w, mine, 6u, token, block, size);
+        s7 += product(w, mine, 7u, token, block, size);
+    }
+    store(token + 0u, row, s0);
+    store(token + 1u, row, s1);
+    store(token + 2u, row, s2);
+    store(token + 3u, row, s3);
+    store(token + 4u, row, s4);
+    store(token + 5u, row, s5);
+    store(token + 6u, row, s6);
+    store(token + 7u, row, s7);
+}
