@@ -14,8 +14,6 @@ from gemma_wgpu.weights.upload import Part
 VOCABULARY_PART = 1024  # tokens that a workgroup of logits_scan sums up
 QUERY_ROWS = 16  # query heads times tokens in a workgroup of attention_prefill
 _REDUCE = 64  # threads of the kernels that sum over a workgroup
-_MATMUL_ROWS = 64
-_MATMUL_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -138,10 +136,10 @@ class Kernels:
         self, part: Part, state: Buffer, x: Buffer, y: Buffer, *, stride: int, scale: float = 1.0, max_count: int
     ) -> Dispatch:
         """A part of a matrix times the vectors of the tokens; `stride` is the length of a row of `y`."""
-        tokens = 8 if self.subgroups else _MATMUL_TOKENS
+        rows, tokens = (64, 8) if self.subgroups else (64, 32)  # of a tile
         constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale}
         bindings = (part.quants, part.scales, state, x, y)
-        grid = ceil_div(part.rows, _MATMUL_ROWS), ceil_div(max_count, tokens)
+        grid = ceil_div(part.rows, rows), ceil_div(max_count, tokens)
         return self._dispatch("matmul", constants, bindings, *grid)
 
     def quantize(
@@ -164,9 +162,10 @@ class Kernels:
         max_count: int,
     ) -> Dispatch:
         """`matmul` for a layout of integers, with the vectors that `quantize` made."""
-        constants = _weights(part) | {"STRIDE": stride, "SCALE": scale}
+        rows, tokens = (128, 8) if self.subgroups else (64, 32)  # of a tile
+        constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale}
         bindings = (part.quants, part.scales, state, q, factors, y)
-        grid = ceil_div(part.rows, 128), ceil_div(max_count, 8)
+        grid = ceil_div(part.rows, rows), ceil_div(max_count, tokens)
         return self._dispatch("matmul_int8", constants, bindings, *grid)
 
     def geglu(

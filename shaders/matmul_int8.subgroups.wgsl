@@ -1,16 +1,17 @@
-// Matrix times the vectors of a prompt's tokens, in products of 8-bit integers:
+// matmul_int8.wgsl for CPU adapters, on the plan of matmul.subgroups.wgsl:
 //     y[t, r] = SCALE sum_k W[r, k] x[t, k]      for t < count; a block's 32 products are summed as integers
 //
-// W: weights.wgsl [ROWS, K], a layout of integers      x: q and x_factors of quantize.wgsl [max count, K]
+// W: weights.wgsl [ROWS, K], a layout of integers      x: q and factors of quantize.wgsl [max count, K]
 // y f32 [max count, STRIDE]: columns [FIRST_ROW, FIRST_ROW + ROWS)
-// Grid: x = tiles of 128 rows, y = tiles of 8 tokens. A thread computes 8 tokens by 2 rows, without workgroup memory: it
-// loads its rows' weights once for all tokens, and one token's x, which the threads of a subgroup hand to each other.
+// Grid: x = tiles of 128 rows, y = tiles of TOKENS = 8 tokens. A thread computes 8 tokens by 2 rows.
+override TOKENS: u32;
 override K: u32;
 override ROWS: u32;
 override FIRST_ROW: u32;
 override STRIDE: u32;
 override SCALE: f32;
 #include "weights.wgsl"
+#include "int8_product.wgsl"
 #include "state.wgsl"
 
 @group(0) @binding(0) var<storage, read> quants: array<vec4<u32>>;
@@ -20,31 +21,12 @@ override SCALE: f32;
 @group(0) @binding(4) var<storage, read> x_factors: array<vec2<f32>>;
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
 
-struct Weights {
-    q: array<vec4<u32>, 2>,
-    f: vec3<f32>,
-}
-
-struct Activations {
-    low: vec4<u32>,
-    high: vec4<u32>,
-    f: vec2<f32>,
-}
-
 fn weights(block: u32) -> Weights {
     return Weights(integers(block), factors(block));
 }
 
 fn activations(block: u32) -> Activations {
     return Activations(x[2u * block], x[2u * block + 1u], x_factors[block]);
-}
-
-fn half_dot(a: vec4<u32>, b: vec4<u32>) -> f32 {
-    return f32(dot4I8Packed(a.x, b.x) + dot4I8Packed(a.y, b.y) + dot4I8Packed(a.z, b.z) + dot4I8Packed(a.w, b.w));
-}
-
-fn product(w: Weights, x: Activations) -> f32 {
-    return x.f.x * (w.f.x * half_dot(w.q[0], x.low) + w.f.y * half_dot(w.q[1], x.high)) + x.f.y * w.f.z;
 }
 
 // Where the blocks of token `index` of the tile begin; the last token stands in for those that there are not.
@@ -78,7 +60,7 @@ fn main(
     @builtin(subgroup_size) size: u32,
 ) {
     let row = 2u * (group.x * 64u + thread);
-    let token = group.y * 8u;
+    let token = group.y * TOKENS;
     if token >= state.count { return; }
     let blocks = K / 32u;
     let first = min(row, ROWS - 1u) * blocks;

@@ -34,9 +34,10 @@ F16_SMALLEST = 2.0**-24
 class Bench:
     """Buffers of one check, freed at its end, and the kernels that run on them."""
 
-    def __init__(self, device: Device, *, half: bool, lanes: int | None = None) -> None:
+    def __init__(self, device: Device, *, half: bool, lanes: int | None = None, subgroups: bool = True) -> None:
         self.kernels = Kernels(device, half=half)
         self.kernels.lanes = lanes or self.kernels.lanes
+        self.kernels.subgroups = self.kernels.subgroups and subgroups
         self.half = np.float16 if half else np.float32
         self._device = device
         self._buffers: list[Buffer] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,15 +21,17 @@ class Case:
     half: bool
     first_row: int = 0
     scale: float = 1.0
+    subgroups: bool = True  # where the device has them
 
 
-CASES = (
+_CASES = (
     *(Case(layout, 75, 256, (1, 33), 40, half) for half in (False, True) for layout in Layout),
     Case(Layout.INT8, 7, 96, (3,), 3, half=False),  # scales that begin in the middle of a word
     Case(Layout.INT4, 130, 640, (32, 64, 65), 70, half=True, first_row=64),
     Case(Layout.INT4_OFFSET, 64, 1152, (31,), 32, half=False, scale=4.0),
     Case(Layout.INT8_SUPER, 66, 6912, (5,), 33, half=True, first_row=2, scale=16.0),
 )
+CASES = tuple(replace(case, subgroups=subgroups) for case in _CASES for subgroups in (True, False))
 
 
 async def check(device: Device, case: Case) -> None:
@@ -37,7 +39,7 @@ async def check(device: Device, case: Case) -> None:
     packed = random_packed(rng, case.layout, case.rows, case.cols)
     stride = case.first_row + case.rows + 3
     columns = slice(case.first_row, case.first_row + case.rows)
-    with Bench(device, half=case.half) as bench:
+    with Bench(device, half=case.half, subgroups=case.subgroups) as bench:
         x = rng.standard_normal((case.max_count, case.cols)).astype(bench.half)
         x_buffer, part = bench.put(x, bench.half), bench.part(packed, case.first_row)
         results = []

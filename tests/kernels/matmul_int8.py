@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,15 +23,17 @@ class Case:
     half: bool = False
     first_row: int = 0
     scale: float = 1.0
+    subgroups: bool = True  # where the device has them
 
 
-CASES = (
+_CASES = (
     *(Case(layout, 75, 256, (1, 33), 40) for layout in INTEGERS),
     Case(Layout.INT8, 7, 96, (3,), 3),  # scales that begin in the middle of a word
     Case(Layout.INT4, 130, 640, (32, 64, 65), 70, half=True, first_row=64),
     Case(Layout.INT4_OFFSET, 64, 1152, (31,), 32, scale=4.0),
     Case(Layout.INT8_SUPER, 66, 6912, (5,), 33, first_row=2, scale=16.0),
 )
+CASES = tuple(replace(case, subgroups=subgroups) for case in _CASES for subgroups in (True, False))
 
 
 async def check(device: Device, case: Case) -> None:
@@ -44,7 +46,7 @@ async def check(device: Device, case: Case) -> None:
     q = rng.integers(-127, 128, (*blocks, 32), np.int8)
     d = rng.uniform(0.001, 0.1, blocks).astype(np.float32)
     factors = np.stack((d, d * q.sum(axis=2, dtype=np.int64).astype(np.float32)), axis=2)
-    with Bench(device, half=case.half) as bench:
+    with Bench(device, half=case.half, subgroups=case.subgroups) as bench:
         q_buffer, factors_buffer, part = bench.put(q, np.int8), bench.put(factors), bench.part(packed, case.first_row)
         results = []
         for count in case.counts:

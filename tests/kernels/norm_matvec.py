@@ -24,6 +24,7 @@ class Case:
     first_row: int = 0
     count: int = 1
     half: bool = False
+    subgroups: bool = True  # where the device has them
 
 
 CASES = (
@@ -33,6 +34,7 @@ CASES = (
     ),
     Case(Layout.INT8, 130, 640, 1, add=True, count=5),
     Case(Layout.INT4, 64, 1152, 16, add=True, geglu=True, count=2),
+    Case(Layout.INT8, 70, 640, 1, add=True, geglu=True, subgroups=False),
     Case(Layout.INT4, 67, 1152, 8, add=False, first_row=64),
     Case(Layout.INT8, 262147, 32, 16, add=True),  # more workgroups than a dimension of the grid may have
 )
@@ -49,7 +51,7 @@ async def check(device: Device, case: Case) -> None:
     norms = rng.uniform(-2, 2, (2, case.cols))
     residual, previous, norms = (a.astype(np.float32) for a in (residual, previous, norms))
     end = case.first_row + case.rows
-    with Bench(device, half=case.half, lanes=case.lanes) as bench:
+    with Bench(device, half=case.half, lanes=case.lanes, subgroups=case.subgroups) as bench:
         state = bench.state(9, case.count)
         new_residual, y = bench.blank(2, case.cols), bench.blank(end + 5)
         bench.run(

@@ -26,7 +26,9 @@ def test_kernel(device: Device, kernel: str, case: Any) -> None:
 
 
 def test_every_kernel_is_checked_in_both_precisions() -> None:
-    kernels = {path.stem for path in SHADERS.glob("*.wgsl") if "fn main(" in path.read_text(encoding="utf-8")}
+    kernels = {
+        path.name.split(".")[0] for path in SHADERS.glob("*.wgsl") if "fn main(" in path.read_text(encoding="utf-8")
+    }
     assert set(KERNELS) == kernels
     for kernel, module in KERNELS.items():
         assert {case.half for case in module.CASES} == {False, True}, kernel
