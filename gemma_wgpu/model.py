@@ -54,12 +54,19 @@ class Layer:
 class Model:
     """The weights, cache, sequence and programs of one Gemma 3 on one device.
 
-    `half` is F16 mode; `context_length` and `prefill_chunk` are in tokens. Raises ModelError for a shape that the
+    `half` is F16 mode, `int8` makes prompts' activations 8-bit integers; `context_length` and `prefill_chunk` are in tokens. Raises ModelError for a shape that the
     kernels cannot run.
     """
 
     def __init__(
-        self, device: Device, config: Gemma3Config, *, half: bool, context_length: int, prefill_chunk: int
+        self,
+        device: Device,
+        config: Gemma3Config,
+        *,
+        half: bool,
+        int8: bool = False,
+        context_length: int,
+        prefill_chunk: int,
     ) -> None:
         if config.num_attention_heads > 4 * config.num_key_value_heads or config.head_dim % 32:
             raise ModelError(
@@ -69,6 +76,7 @@ class Model:
         self.device = device
         self.config = config
         self.half = half
+        self.int8 = int8
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
         self._kernels = Kernels(device, half=half)
@@ -228,6 +236,10 @@ class Model:
         self.values = buffer(half * chunk * config.key_value_size, "values")
         self.chunk_attended = buffer(half * chunk * config.query_size, "chunk attended")
         self.chunk_gated = buffer(half * chunk * config.intermediate_size, "chunk gated")
+        if self.int8:
+            longest = chunk * max(config.hidden_size, config.query_size, config.intermediate_size)
+            self.quantized = buffer(longest, "quantized")
+            self.quantized_factors = buffer(longest // 4, "quantized factors")
         # of sampling
         self.sampling = buffer(32, "sampling")
         self.seen = buffer(4 * ceil_div(vocab, 32), "seen")
@@ -333,10 +345,24 @@ class Model:
         for part in matrix.parts:
             yield self._kernels.matmul(part, self.state, x, y, stride=matrix.rows, scale=scale, max_count=max_count)
 
+    def _prompt_matmul(
+        self, matrix: Matrix, x: Buffer, y: Buffer, *, scale: float = 1.0, max_count: int
+    ) -> Iterator[Dispatch]:
+        """`_matmul`, in products of 8-bit integers where asked for and all weights are."""
+        if not self.int8 or not all(part.layout.is_integer for part in matrix.parts):
+            yield from self._matmul(matrix, x, y, scale=scale, max_count=max_count)
+            return
+        k, q, factors, cols = self._kernels, self.quantized, self.quantized_factors, matrix.parts[0].cols
+        yield k.quantize(self.state, x, q, factors, size=cols, max_count=max_count)
+        for part in matrix.parts:
+            yield k.matmul_int8(
+                part, self.state, q, factors, y, stride=matrix.rows, scale=scale, max_count=max_count
+            )
+
     def _prefill_attention(self, layer: Layer, n: int, *, add: bool) -> Iterator[Dispatch]:
         k, shape = self._kernels, layer.attention
         yield self._prefill_norm(layer.attention_norms, add=add, max_count=n)
-        yield from self._matmul(layer.qkv, self.normed, self.qkv, max_count=n)
+        yield from self._prompt_matmul(layer.qkv, self.normed, self.qkv, max_count=n)
         yield k.qk_norm_rope(
             shape,
             self.state,
@@ -363,11 +389,11 @@ class Model:
         yield k.cache_write(
             shape, self.state, self.keys, self.values, layer.key_cache, layer.value_cache, max_count=n
         )
-        yield from self._matmul(layer.o, self.chunk_attended, self.y, max_count=n)
+        yield from self._prompt_matmul(layer.o, self.chunk_attended, self.y, max_count=n)
 
     def _prefill_feedforward(self, layer: Layer, n: int) -> Iterator[Dispatch]:
         yield self._prefill_norm(layer.feedforward_norms, add=True, max_count=n)
-        yield from self._matmul(layer.gate_up, self.normed, self.gate_up, max_count=n)
+        yield from self._prompt_matmul(layer.gate_up, self.normed, self.gate_up, max_count=n)
         yield self._kernels.geglu(
             self.state,
             self.gate_up,
@@ -377,11 +403,11 @@ class Model:
             max_count=n,
             half=self.half,
         )
-        yield from self._matmul(layer.down, self.chunk_gated, self.y, scale=1 / _GEGLU_SCALE, max_count=n)
+        yield from self._prompt_matmul(layer.down, self.chunk_gated, self.y, scale=1 / _GEGLU_SCALE, max_count=n)
 
     @cached_property
     def _head_program(self) -> Program:
-        """The logits of the last token. The norm is on its own: the head has too many workgroups to repeat it in each."""
+        """The logits of the last token. Its norm is on its own: too many workgroups would repeat it."""
         norm = self._kernels.rms_norm(
             self.state,
             self.residuals[0],

@@ -173,7 +173,7 @@ class Device(abc.ABC):
     def pipeline(self, shader: str, constants: Constants, *, half: bool = False, subgroups: bool = False) -> Pipeline:
         """`shaders/<shader>.wgsl` compiled with its `override` constants; one for each distinct request.
 
-        `half` makes the type `half` of the shaders f16 instead of f32, `subgroups` takes their variants with subgroups.
+        `half` makes the type `half` of the shaders f16 instead of f32, `subgroups` takes the variants with subgroups.
         """
         key = (shader, half, subgroups, *sorted(constants.items()))
         if key not in self._pipelines:

@@ -48,6 +48,11 @@ class Layout(IntEnum):
         return _BITS[self]
 
     @property
+    def is_integer(self) -> bool:
+        """Whether `quants` holds integers, rather than floats."""
+        return self.bits <= 8
+
+    @property
     def group(self) -> int:
         """Columns must be a multiple of this: 256 for the layouts with super-blocks, else 32."""
         return SUPER_BLOCK if self in (Layout.INT8_SUPER, Layout.INT4_SUPER) else BLOCK
