@@ -355,9 +355,7 @@ class Model:
         k, q, factors, cols = self._kernels, self.quantized, self.quantized_factors, matrix.parts[0].cols
         yield k.quantize(self.state, x, q, factors, size=cols, max_count=max_count)
         for part in matrix.parts:
-            yield k.matmul_int8(
-                part, self.state, q, factors, y, stride=matrix.rows, scale=scale, max_count=max_count
-            )
+            yield k.matmul_int8(part, self.state, q, factors, y, stride=matrix.rows, scale=scale, max_count=max_count)
 
     def _prefill_attention(self, layer: Layer, n: int, *, add: bool) -> Iterator[Dispatch]:
         k, shape = self._kernels, layer.attention

@@ -40,10 +40,23 @@ fn row_start(first: u32, kv_head: u32, row: u32) -> u32 {
     return (token * HEADS + kv_head * GROUP + row % GROUP) * WORKGROUP_SIZE;
 }
 
+// Vector `i` of a row of queries.
+fn query(first: u32, kv_head: u32, row: u32, i: u32) -> vec4<f32> {
+    return vec4<f32>(queries[row_start(first, kv_head, row) + i]);
+}
+
+alias Rows = array<vec4<f32>, 16>;
+#include "attention_tile.wgsl"
+
+fn add_dot(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
+    return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
+}
+
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let first = group.x * QUERIES;
-    let kv_head = group.y;
+fn main(place: Place) {
+    let thread = place.thread;
+    let first = place.group.x * QUERIES;
+    let kv_head = place.group.y;
     if first >= state.count { return; }
     let start = state.position;
     let first_query = start + first;
@@ -58,24 +71,37 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var key_tile = first_key; key_tile < end_key; key_tile += WORKGROUP_SIZE) {
         let position = key_tile + thread;
         var scores = array<f32, 16>();  // naga would not zero it again each round without the initialiser
-        if position < end_key {
-            let in_chunk = position >= start;
-            let slot = select(position % CAPACITY, position - start, in_chunk) * KV_HEADS + kv_head;
-            for (var i = 0u; i < WORKGROUP_SIZE; i++) {
-                var k: vec4<f32>;
-                if in_chunk {
-                    k = vec4<f32>(keys[slot * WORKGROUP_SIZE + i]);
-                } else {
-                    k = vec4<f32>(key_cache[slot * WORKGROUP_SIZE + i]);
-                }
-                for (var row = 0u; row < 16u; row++) {
-                    scores[row] += dot(vec4<f32>(queries[row_start(first, kv_head, row) + i]), k);
-                }
+        let near = min(position, end_key - 1u);  // beyond, the score is dropped
+        let in_chunk = near >= start;
+        let slot = select(near % CAPACITY, near - start, in_chunk) * KV_HEADS + kv_head;
+        for (var i = 0u; i < WORKGROUP_SIZE; i++) {
+            var k: vec4<f32>;
+            if in_chunk {
+                k = vec4<f32>(keys[slot * WORKGROUP_SIZE + i]);
+            } else {
+                k = vec4<f32>(key_cache[slot * WORKGROUP_SIZE + i]);
             }
+            let q = query_rows(first, kv_head, i, place);
+            scores[0] = add_dot(q[0], k, scores[0]);
+            scores[1] = add_dot(q[1], k, scores[1]);
+            scores[2] = add_dot(q[2], k, scores[2]);
+            scores[3] = add_dot(q[3], k, scores[3]);
+            scores[4] = add_dot(q[4], k, scores[4]);
+            scores[5] = add_dot(q[5], k, scores[5]);
+            scores[6] = add_dot(q[6], k, scores[6]);
+            scores[7] = add_dot(q[7], k, scores[7]);
+            scores[8] = add_dot(q[8], k, scores[8]);
+            scores[9] = add_dot(q[9], k, scores[9]);
+            scores[10] = add_dot(q[10], k, scores[10]);
+            scores[11] = add_dot(q[11], k, scores[11]);
+            scores[12] = add_dot(q[12], k, scores[12]);
+            scores[13] = add_dot(q[13], k, scores[13]);
+            scores[14] = add_dot(q[14], k, scores[14]);
+            scores[15] = add_dot(q[15], k, scores[15]);
         }
         for (var row = 0u; row < 16u; row++) {
-            let query = first_query + row / GROUP;
-            if position > query || position + WINDOW <= query { scores[row] = LOWEST; }
+            let at = first_query + row / GROUP;
+            if position > at || position + WINDOW <= at { scores[row] = LOWEST; }
         }
         for (var i = 0u; i < 4u; i++) {
             tile[thread * 4u + i] = vec4(scores[4u * i], scores[4u * i + 1u], scores[4u * i + 2u], scores[4u * i + 3u]);
@@ -109,13 +135,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             } else {
                 v = vec4<f32>(value_cache[(key_position % CAPACITY * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
             }
-            for (var j = 0u; j < 4u; j++) {
-                let weight = tile[i * 4u + j];
-                gathered[4u * j] += weight.x * v;
-                gathered[4u * j + 1u] += weight.y * v;
-                gathered[4u * j + 2u] += weight.z * v;
-                gathered[4u * j + 3u] += weight.w * v;
-            }
+            let weight = key_weights(i, place);
+            gathered[0] += weight[0].x * v;
+            gathered[1] += weight[0].y * v;
+            gathered[2] += weight[0].z * v;
+            gathered[3] += weight[0].w * v;
+            gathered[4] += weight[1].x * v;
+            gathered[5] += weight[1].y * v;
+            gathered[6] += weight[1].z * v;
+            gathered[7] += weight[1].w * v;
+            gathered[8] += weight[2].x * v;
+            gathered[9] += weight[2].y * v;
+            gathered[10] += weight[2].z * v;
+            gathered[11] += weight[2].w * v;
+            gathered[12] += weight[3].x * v;
+            gathered[13] += weight[3].y * v;
+            gathered[14] += weight[3].z * v;
+            gathered[15] += weight[3].w * v;
         }
         workgroupBarrier();
     }
