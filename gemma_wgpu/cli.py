@@ -19,9 +19,10 @@ from gemma_wgpu.gemma import PRECISIONS, checked_context_length
 from gemma_wgpu.generate import Generation
 from gemma_wgpu.gpu.native import native_adapters
 from gemma_wgpu.hub import find
-from gemma_wgpu.kernels import lanes
+from gemma_wgpu.kernels import usual_tuning
 from gemma_wgpu.model import expected_bytes
 from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.tuning import chosen
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import Quant
 from gemma_wgpu.weights.convert import convert as write_folder
@@ -276,12 +277,13 @@ def devices() -> None:
     """Show the GPUs of this machine; the first one is used."""
     for number, adapter in enumerate(native_adapters()):
         info, limits = adapter.info, adapter.limits
+        tuning, usual = chosen(adapter), usual_tuning(info, adapter.features)
         rows = {
             "type": info.type,
             "vendor": info.vendor,
             "features": ", ".join(sorted(adapter.features)) or "none that matter here",
-            "precision": "f16" if "shader-f16" in adapter.features else "f32 (no shader-f16)",
-            "matrix kernels": f"threads a row: {lanes(info)}",
+            "precision": "f16 and f32" if "shader-f16" in adapter.features else "f32 (no shader-f16)",
+            "tuning": f"{tuning}" if tuning else f"{usual}, until it is measured when a model is first loaded",
             "largest buffer": f"{limits.max_buffer_size:,} bytes",
             "largest binding": f"{limits.max_storage_buffer_binding_size:,} bytes",
             "workgroup": f"{limits.max_compute_invocations_per_workgroup} threads, "

@@ -20,6 +20,7 @@ from gemma_wgpu.hub import open_model
 from gemma_wgpu.model import PREFILL_CHUNK, Model
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.tokenizer import Tokenizer
+from gemma_wgpu.tuning import tuned
 from gemma_wgpu.weights.checkpoint import matrix_shapes
 
 PRECISIONS = ("auto", "f16", "f32")
@@ -294,6 +295,7 @@ async def _load(
                 weights.config,
                 half=half,
                 int8=int8,
+                tuning=await tuned(device),
                 context_length=context_length,
                 prefill_chunk=min(prefill_chunk, context_length),
             )

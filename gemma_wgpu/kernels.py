@@ -34,21 +34,40 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def lanes(adapter: AdapterInfo) -> int:
-    """Threads that share a row of a matrix: they hide memory latency, but on a CPU their barriers cost more."""
-    return 1 if adapter.type == "CPU" else 16
+@dataclass(frozen=True)
+class Tuning:
+    """Variants of the kernels: what computes the same, faster on one GPU than on another.
+
+    `lanes` is the threads that share a row of a matrix at decode: they read its memory together, but on a CPU their
+    barriers cost more than that saves. `subgroups` takes the kernels that are made for CPUs which stand in for a GPU.
+    """
+
+    lanes: int
+    subgroups: bool
+
+    def __str__(self) -> str:
+        return f"lanes={self.lanes}" + (",subgroups" if self.subgroups else "")
+
+
+def usual_tuning(adapter: AdapterInfo, features: frozenset[str]) -> Tuning:
+    """What is likely to be best for an adapter's kind."""
+    if adapter.type != "CPU":
+        return Tuning(16, subgroups=False)
+    # Natively: in browsers' WGSL `enable subgroups` must be said, and their CPU adapter has them of 4 only.
+    return Tuning(1, subgroups="subgroups" in features and adapter.backend != "WebGPU")
 
 
 class Kernels:
-    """The shaders on one device in one precision. `max_count` is the number of tokens that a program is made for."""
+    """The shaders on one device in one precision, in the usual tuning or another.
 
-    def __init__(self, device: Device, *, half: bool) -> None:
+    `max_count` is the number of tokens that a program is made for.
+    """
+
+    def __init__(self, device: Device, *, half: bool, tuning: Tuning | None = None) -> None:
         self._device = device
         self._half = half
         self._on_cpu = device.info.type == "CPU"
-        self.lanes = lanes(device.info)
-        # Natively: in browsers' WGSL `enable subgroups` must be said, and their CPU adapter has them of 4 only.
-        self.subgroups = self._on_cpu and "subgroups" in device.features and device.info.backend != "WebGPU"
+        self.tuning = tuning or usual_tuning(device.info, device.features)
 
     def splits(self, window: int) -> int:
         """Into how many shares decode divides the positions of a layer that sees `window` of them."""
@@ -66,7 +85,7 @@ class Kernels:
     ) -> Dispatch:
         x, y, z = (*workgroups, 1, 1)[:3]
         half = self._half if half is None else half
-        pipeline = self._device.pipeline(shader, constants, half=half, subgroups=self.subgroups and self.lanes == 1)
+        pipeline = self._device.pipeline(shader, constants, half=half, subgroups=self.tuning.subgroups)
         return Dispatch(pipeline, bindings, (x, y, z))
 
     def _spread(self, workgroups: int) -> tuple[int, int]:
@@ -75,7 +94,7 @@ class Kernels:
         return ceil_div(workgroups, y), y
 
     def _rows_grid(self, rows: int) -> tuple[int, int]:
-        return self._spread(ceil_div(rows, 2 * (_REDUCE // self.lanes)))
+        return self._spread(ceil_div(rows, 2 * (_REDUCE // self.tuning.lanes)))
 
     def embed(
         self, part: Part, state: Buffer, tokens: Buffer, residual: Buffer, *, scale: float, max_count: int
@@ -136,7 +155,7 @@ class Kernels:
         self, part: Part, state: Buffer, x: Buffer, y: Buffer, *, stride: int, scale: float = 1.0, max_count: int
     ) -> Dispatch:
         """A part of a matrix times the vectors of the tokens; `stride` is the length of a row of `y`."""
-        rows, tokens = (64, 8) if self.subgroups else (64, 32)  # of a tile
+        rows, tokens = (64, 8) if self.tuning.subgroups else (64, 32)  # of a tile
         constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale}
         bindings = (part.quants, part.scales, state, x, y)
         grid = ceil_div(part.rows, rows), ceil_div(max_count, tokens)
@@ -162,7 +181,7 @@ class Kernels:
         max_count: int,
     ) -> Dispatch:
         """`matmul` for a layout of integers, with the vectors that `quantize` made."""
-        rows, tokens = (128, 8) if self.subgroups else (64, 32)  # of a tile
+        rows, tokens = (128, 8) if self.tuning.subgroups else (64, 32)  # of a tile
         constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale}
         bindings = (part.quants, part.scales, state, q, factors, y)
         grid = ceil_div(part.rows, rows), ceil_div(max_count, tokens)
@@ -286,7 +305,7 @@ class Kernels:
         return self._dispatch("sample", constants, (state, sampling, logits, summaries, tokens, seen), 1)
 
     def _teams(self) -> dict[str, int]:
-        return {"WORKGROUP_SIZE": _REDUCE, "LANES": self.lanes}
+        return {"WORKGROUP_SIZE": _REDUCE, "LANES": self.tuning.lanes}
 
 
 def _weights(part: Part) -> dict[str, int | float | bool]:

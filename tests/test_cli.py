@@ -20,6 +20,7 @@ from gemma_wgpu.cli import main
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.kernels import usual_tuning
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from tests.reference.golden import FOLDER
 from tests.tiny import DAMAGES, END_OF_TURN, EOS, HF, scripted_weights, token, write_damaged, write_folder
@@ -219,10 +220,11 @@ def test_devices() -> None:
     assert device.info.driver in first
     values = {row[3:20].strip(): row[20:].strip() for row in rows}
     assert values["features"] == ", ".join(sorted(device.features))
-    assert values["precision"] == ("f16" if "shader-f16" in device.features else "f32 (no shader-f16)")
+    assert values["precision"] == ("f16 and f32" if "shader-f16" in device.features else "f32 (no shader-f16)")
     assert values["largest buffer"] == f"{device.limits.max_buffer_size:,} bytes"
     assert values["largest binding"] == f"{device.limits.max_storage_buffer_binding_size:,} bytes"
     assert values["type"] == device.info.type
+    assert values["tuning"] == str(usual_tuning(device.info, device.features))
     device.close()
 
 

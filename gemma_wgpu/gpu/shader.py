@@ -3,8 +3,8 @@
 * The type `half` is f16 or f32: a first line `enable f16; alias half = f16;` or `alias half = f32;` is put in front.
 * A line `#include "name.wgsl"` is replaced by that file.
 
-Where subgroups are asked for, a file `name.subgroups.wgsl` takes the place of `name.wgsl` if there is one: WGSL has no
-condition that would hide an operation from a compiler that lacks it.
+Where subgroups are asked for, a file `name.subgroups.wgsl` takes the place of `name.wgsl` if there is one: WGSL has
+no condition that would hide an operation from a compiler that lacks it.
 
 All other variation is by WGSL `override` constants.
 """

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from gemma_wgpu.gpu.device import Buffer, Device, Dispatch
-from gemma_wgpu.kernels import Kernels
+from gemma_wgpu.kernels import Kernels, Tuning, usual_tuning
 from gemma_wgpu.weights.layouts import Layout, Packed, pack_halves
 from gemma_wgpu.weights.upload import Part
 
@@ -35,9 +35,10 @@ class Bench:
     """Buffers of one check, freed at its end, and the kernels that run on them."""
 
     def __init__(self, device: Device, *, half: bool, lanes: int | None = None, subgroups: bool = True) -> None:
-        self.kernels = Kernels(device, half=half)
-        self.kernels.lanes = lanes or self.kernels.lanes
-        self.kernels.subgroups = self.kernels.subgroups and subgroups
+        usual = usual_tuning(device.info, device.features)
+        lanes = lanes or usual.lanes
+        tuning = Tuning(lanes, subgroups=usual.subgroups and subgroups and lanes == 1)
+        self.kernels = Kernels(device, half=half, tuning=tuning)
         self.half = np.float16 if half else np.float32
         self._device = device
         self._buffers: list[Buffer] = []
