@@ -147,9 +147,13 @@ class Kernels:
     ) -> Dispatch:
         """A part of a matrix times the norm of the residual, after adding the norm of `previous` where `add`."""
         rows = part.rows // 2 if geglu else part.rows
-        constants = _weights(part) | self._teams() | {"ROWS": rows, "EPS": eps, "ADD": add, "GEGLU": geglu}
+        workgroups = ceil_div(part.rows, 2 * (_REDUCE // self.tuning.lanes))
+        # Workgroups enough to keep the GPU busy, and no more: each computes the norm.
+        rounds = min(max(workgroups // (8 if self._on_cpu else 256), 1), 4)
+        constants = _weights(part) | self._teams()
+        constants |= {"ROUNDS": rounds, "ROWS": rows, "EPS": eps, "ADD": add, "GEGLU": geglu}
         bindings = (part.quants, part.scales, state, residual, previous, norms, new_residual, y)
-        return self._dispatch("norm_matvec", constants, bindings, *self._rows_grid(part.rows))
+        return self._dispatch("norm_matvec", constants, bindings, *self._spread(ceil_div(workgroups, rounds)))
 
     def matmul(
         self, part: Part, state: Buffer, x: Buffer, y: Buffer, *, stride: int, scale: float = 1.0, max_count: int

@@ -30,7 +30,7 @@ fn main(place: Place) {
     var sums = vec2(0.0);
     for (var block = thread % LANES; block < K / 32u; block += LANES) {
         let x_part = x_block(block, place);
-        sums += vec2(block_dot(dequantize(first + block), x_part), block_dot(dequantize(second + block), x_part));
+        sums += vec2(weights_dot(first + block, x_part), weights_dot(second + block, x_part));
     }
     sums = team_sum(thread, sums);
     if thread % LANES == 0u {

@@ -9,9 +9,11 @@
 // W: weights.wgsl [ROWS, K], or [2 ROWS, K] where GEGLU      residual f32 [max count, K]      previous f32 [max count, K]
 // norms f32 [2, K]: post_weight, weight (1 + w of the report)      new_residual f32 [>= 1, K]
 // y f32: rows [FIRST_ROW, FIRST_ROW + ROWS) of it are written
-// Workgroup: see matvec.wgsl; where GEGLU, the two rows of a team are a gate and its up.
+// Workgroup: see matvec.wgsl; where GEGLU, the two rows of a team are a gate and its up. A team has ROUNDS times two rows one
+// after the other, so that few workgroups compute h.
 override WORKGROUP_SIZE: u32;
 override LANES: u32;
+override ROUNDS: u32;
 override K: u32;
 override ROWS: u32;
 override FIRST_ROW: u32;
@@ -70,23 +72,25 @@ fn main(place: Place) {
     let thread = place.thread;
     let group_index = place.group.y * place.groups.x + place.group.x;
     normalize_x(thread, group_index == 0u);
-    let team = group_index * (WORKGROUP_SIZE / LANES) + thread / LANES;
-    var rows = vec2(2u * team, 2u * team + 1u);
-    if GEGLU { rows = vec2(team, ROWS + team); }
-    let first = min(rows.x, LAST_ROW) * (K / 32u);
-    let second = min(rows.y, LAST_ROW) * (K / 32u);
-    var sums = vec2(0.0);
-    for (var block = thread % LANES; block < K / 32u; block += LANES) {
-        let x_part = x_block(block, place);
-        sums += vec2(block_dot(dequantize(first + block), x_part), block_dot(dequantize(second + block), x_part));
-    }
-    sums = team_sum(thread, sums);
-    if thread % LANES == 0u {
-        if GEGLU {
-            if team < ROWS { y[FIRST_ROW + team] = gelu(sums.x) * sums.y; }
-        } else {
-            if rows.x < ROWS { y[FIRST_ROW + rows.x] = sums.x; }
-            if rows.y < ROWS { y[FIRST_ROW + rows.y] = sums.y; }
+    for (var round = 0u; round < ROUNDS; round++) {
+        let team = (group_index * ROUNDS + round) * (WORKGROUP_SIZE / LANES) + thread / LANES;
+        var rows = vec2(2u * team, 2u * team + 1u);
+        if GEGLU { rows = vec2(team, ROWS + team); }
+        let first = min(rows.x, LAST_ROW) * (K / 32u);
+        let second = min(rows.y, LAST_ROW) * (K / 32u);
+        var sums = vec2(0.0);
+        for (var block = thread % LANES; block < K / 32u; block += LANES) {
+            let x_part = x_block(block, place);
+            sums += vec2(weights_dot(first + block, x_part), weights_dot(second + block, x_part));
+        }
+        sums = team_sum(thread, sums);
+        if thread % LANES == 0u {
+            if GEGLU {
+                if team < ROWS { y[FIRST_ROW + team] = gelu(sums.x) * sums.y; }
+            } else {
+                if rows.x < ROWS { y[FIRST_ROW + rows.x] = sums.x; }
+                if rows.y < ROWS { y[FIRST_ROW + rows.y] = sums.y; }
+            }
         }
     }
 }

@@ -125,8 +125,31 @@ fn add_dot(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
     return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
 }
 
-// In two halves: their sums need not wait for each other.
+// The dot products of the first 16 and of the others.
+fn half_dots(a: Block, b: Block) -> vec2<f32> {
+    return vec2(
+        add_dot(a[3], b[3], add_dot(a[2], b[2], add_dot(a[1], b[1], add_dot(a[0], b[0], 0.0)))),
+        add_dot(a[7], b[7], add_dot(a[6], b[6], add_dot(a[5], b[5], add_dot(a[4], b[4], 0.0)))),
+    );
+}
+
 fn block_dot(a: Block, b: Block) -> f32 {
-    return add_dot(a[3], b[3], add_dot(a[2], b[2], add_dot(a[1], b[1], add_dot(a[0], b[0], 0.0))))
-        + add_dot(a[7], b[7], add_dot(a[6], b[6], add_dot(a[5], b[5], add_dot(a[4], b[4], 0.0))));
+    let halves = half_dots(a, b);
+    return halves.x + halves.y;
+}
+
+// The dot product of the weights of a block with x. Integers are scaled after their sum.
+fn weights_dot(block: u32, x: Block) -> f32 {
+    if LAYOUT < INT8 { return block_dot(dequantize(block), x); }
+    let q = integers(block);
+    let f = factors(block);
+    let integer = Block(
+        vec4<f32>(unpack4xI8(q[0].x)), vec4<f32>(unpack4xI8(q[0].y)),
+        vec4<f32>(unpack4xI8(q[0].z)), vec4<f32>(unpack4xI8(q[0].w)),
+        vec4<f32>(unpack4xI8(q[1].x)), vec4<f32>(unpack4xI8(q[1].y)),
+        vec4<f32>(unpack4xI8(q[1].z)), vec4<f32>(unpack4xI8(q[1].w)),
+    );
+    let sum = dot(f.xy, half_dots(integer, x));
+    if LAYOUT < INT4 { return sum; }  // nothing is added
+    return sum + f.z * dot(x[0] + x[1] + x[2] + x[3] + x[4] + x[5] + x[6] + x[7], vec4(1.0));
 }
