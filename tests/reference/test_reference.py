@@ -16,6 +16,7 @@ from tests.reference.golden import (
     F32_LOGITS,
     F32_TOPS,
     FOLDER,
+    INT8_DIVERGENCE,
     Logits,
     Tops,
     before_stop,
@@ -68,6 +69,12 @@ def f16(demo_gguf: Path) -> Iterator[Gemma]:
         yield model
 
 
+@pytest.fixture(scope="module", params=["f32", "f16"])
+def int8(demo_gguf: Path, request: pytest.FixtureRequest) -> Iterator[Gemma]:
+    with load(demo_gguf, precision=request.param, activations="int8", context_length=1024) as model:
+        yield model
+
+
 def test_ids(demo_gguf: Path) -> None:
     with open_checkpoint(demo_gguf) as checkpoint:
         tokenizer = checkpoint.tokenizer()
@@ -109,3 +116,13 @@ def test_f16_greedy(f16: Gemma, prompt: str, report: Report) -> None:
     ours = greedy(f16, golden.ids)
     report(f"{common_start(ours, golden.greedy)} of {len(golden.greedy)} tokens")
     assert ours[:F16_GREEDY] == golden.greedy[:F16_GREEDY]
+
+
+@every_prompt
+def test_int8_logits(int8: Gemma, prompt: str, report: Report) -> None:
+    assert int8.activations == "int8"
+    golden = GOLDEN[prompt]
+    (last,) = int8.logits(golden.ids, last=1)
+    apart = divergence(last, golden.last_logits)
+    report(f"divergence {apart:.1e}")
+    assert 1e-5 < apart < INT8_DIVERGENCE  # less would mean that float was computed
