@@ -53,10 +53,10 @@ fn add_dot(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(place: Place) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, place: Place) {
     let thread = place.thread;
-    let first = place.group.x * QUERIES;
-    let kv_head = place.group.y;
+    let first = group.x * QUERIES;
+    let kv_head = group.y;
     if first >= state.count { return; }
     let start = state.position;
     let first_query = start + first;

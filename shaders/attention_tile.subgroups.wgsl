@@ -2,7 +2,6 @@
 //
 // For CPU adapters, as sharing.subgroups.wgsl: a thread loads a share, and hands it to the others of its subgroup.
 struct Place {
-    @builtin(workgroup_id) group: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_invocation_id) in_subgroup: u32,
     @builtin(subgroup_size) subgroup_size: u32,

@@ -1,6 +1,5 @@
 // Included by attention_prefill.wgsl: what all threads of a workgroup read alike. Not a kernel.
 struct Place {
-    @builtin(workgroup_id) group: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 }
 

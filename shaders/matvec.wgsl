@@ -21,9 +21,9 @@ override FIRST_ROW: u32;
 #include "sharing.wgsl"
 
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(place: Place) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, place: Place) {
     let thread = place.thread;
-    let team = (place.group.y * place.groups.x + place.group.x) * (WORKGROUP_SIZE / LANES) + thread / LANES;
+    let team = (group.y * groups.x + group.x) * (WORKGROUP_SIZE / LANES) + thread / LANES;
     let row = 2u * team;
     let first = min(row, ROWS - 1u) * (K / 32u);
     let second = min(row + 1u, ROWS - 1u) * (K / 32u);

@@ -68,9 +68,9 @@ fn normalize_x(thread: u32, is_first: bool) {
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(place: Place) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, place: Place) {
     let thread = place.thread;
-    let group_index = place.group.y * place.groups.x + place.group.x;
+    let group_index = group.y * groups.x + group.x;
     normalize_x(thread, group_index == 0u);
     for (var round = 0u; round < ROUNDS; round++) {
         let team = (group_index * ROUNDS + round) * (WORKGROUP_SIZE / LANES) + thread / LANES;

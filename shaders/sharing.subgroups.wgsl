@@ -4,8 +4,6 @@
 // each of its threads in turn, even if all load the same. So each thread loads an eighth of the block and hands it to the
 // others, which takes one instruction.
 struct Place {
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_invocation_id) in_subgroup: u32,
     @builtin(subgroup_size) subgroup_size: u32,

@@ -1,8 +1,6 @@
 // Included after weights.wgsl by the kernels that multiply by a vector x: array<vec4<f32>>. Not a kernel.
 // Where `Kernels` asks for subgroups, sharing.subgroups.wgsl takes its place.
 struct Place {
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 }
 

@@ -22,7 +22,7 @@ SOURCES = {"add": ADD, "broken": "fn main( {", "wrong": ADD.replace("+= AMOUNT",
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeDevice]:
-    monkeypatch.setattr(seam, "load_shader", lambda name, *, half: SOURCES[name])
+    monkeypatch.setattr(seam, "load_shader", lambda name, **_: SOURCES[name])
     device = open_native()
     yield device
     device.close()

@@ -266,7 +266,7 @@ CHECKS = [
 async def run(name: str) -> None:
     """One of CHECKS, with the shaders of SOURCES."""
     load_shader = seam.load_shader
-    seam.load_shader = lambda name, *, half: SOURCES[name]  # type: ignore[assignment]
+    seam.load_shader = lambda name, **_: SOURCES[name]  # type: ignore[assignment]
     device = await open_device()
     try:
         await next(check for check in CHECKS if check.__name__ == name)(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,9 +21,10 @@ class Case:
     chunks: tuple[tuple[int, int], ...]  # of position and count
     half: bool
     gain: float = 1.0  # of the queries: large ones make the softmax sharp
+    subgroups: bool = True  # where the device has them
 
 
-CASES = (
+_CASES = (
     *(
         Case(4, 1, 256, 512, 512, ((0, 1), (0, 37), (490, 30), (511, 3), (512, 2), (1000, 39)), half)
         for half in (False, True)
@@ -35,13 +36,14 @@ CASES = (
     Case(4, 2, 32, 20, 64, ((0, 21), (19, 2), (130, 30)), half=False),  # a window shorter than the ring
     Case(8, 4, 64, 33, 33, ((32, 1), (33, 65)), half=True, gain=30.0),
 )
+CASES = tuple(replace(case, subgroups=subgroups) for case in _CASES for subgroups in (True, False))
 MAX_COUNT = 100
 
 
 async def check(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.window)
     shape = shape_of(case.heads, case.kv_heads, case.head_dim, case.window, case.capacity)
-    with Bench(device, half=case.half) as bench:
+    with Bench(device, half=case.half, subgroups=case.subgroups) as bench:
         for position, count in case.chunks:
             length = position + count
             k, v = rng.standard_normal((2, length, case.kv_heads, case.head_dim)).astype(bench.half)

@@ -14,12 +14,12 @@ FOLDER = Path(__file__).parent
 
 # F32: the largest error of a logit where all of a position are recorded, and of the 32 highest and the logsumexp.
 # F16: the Kullback-Leibler divergence from the reference, in nats, and how many greedy tokens are the same.
-# Activations of 8 bits: the divergence after a prompt (0.001 to 0.044 were measured, 0.0018 a token over a text).
+# Activations of 8 bits: the divergence after a prompt (0.001 to 0.081 were measured, 0.0018 a token over a text).
 F32_LOGITS = 2e-3
 F32_TOPS = 5e-3
 F16_DIVERGENCE = 1e-3
 F16_GREEDY = 20
-INT8_DIVERGENCE = 0.1
+INT8_DIVERGENCE = 0.2
 
 Logits = NDArray[np.float32]
 
