@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -117,8 +119,18 @@ def _sampling_options(command: F) -> F:
 @_sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. May be repeated.")
 @click.option("--quiet", "-q", is_flag=True, help="The text only: no progress bar, no figures.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print text, token ids and figures as a line of JSON at the end."
+)
 def generate(
-    prompt: str, model: str, precision: str, context_length: int | None, chat: bool, quiet: bool, **options: Any
+    prompt: str,
+    model: str,
+    precision: str,
+    context_length: int | None,
+    chat: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Continue PROMPT; "-" reads it from the standard input."""
     Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # what is amiss, before a long load
@@ -127,15 +139,20 @@ def generate(
         prompt = sys.stdin.read().removesuffix("\n")
     with _load(model, precision, context_length, quiet) as gemma:
         generation = gemma.chat(prompt, **options) if chat else gemma.generate(prompt, **options)
-        if not chat:
+        if not (chat or as_json):
             click.echo(prompt, nl=False)
         try:
             for piece in generation:
-                click.echo(piece.text, nl=False)
+                if not as_json:
+                    click.echo(piece.text, nl=False)
         except KeyboardInterrupt:
             generation.stats.finish_reason = "interrupted"
-        click.echo()
-        if not quiet:
+        if as_json:
+            result = {"text": generation.text, "ids": generation.ids, "seed": generation.sampling.seed}
+            click.echo(json.dumps(result | asdict(generation.stats), ensure_ascii=False))
+        else:
+            click.echo()
+        if not (quiet or as_json):
             _report(gemma, generation)
     if generation.stats.finish_reason == "interrupted":
         sys.exit(130)
