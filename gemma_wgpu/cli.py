@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,6 +15,7 @@ import click
 from tqdm import tqdm
 
 import gemma_wgpu
+from gemma_wgpu.conversation import Conversation
 from gemma_wgpu.errors import DeviceError, GemmaError
 from gemma_wgpu.evaluate import evaluate as evaluate_text
 from gemma_wgpu.gemma import PRECISIONS, checked_context_length
@@ -70,25 +73,65 @@ def _model_options(command: F) -> F:
     return command
 
 
+def _sampling_options(command: F) -> F:
+    for option in reversed(
+        (
+            click.option(
+                "--max-new-tokens", type=int, help="Stop after so many tokens.  [default: until the context is full]"
+            ),
+            click.option(
+                "--temperature",
+                type=float,
+                default=1.0,
+                show_default=True,
+                help="0 takes the likeliest token always.",
+            ),
+            click.option(
+                "--top-k", type=int, default=64, show_default=True, help="Draw from the k likeliest tokens; 0 is off."
+            ),
+            click.option(
+                "--top-p",
+                type=float,
+                default=0.95,
+                show_default=True,
+                help="Draw from the likeliest that make up p; 1 is off.",
+            ),
+            click.option(
+                "--min-p",
+                type=float,
+                default=0.0,
+                show_default=True,
+                help="Draw from those p times as likely as the likeliest.",
+            ),
+            click.option(
+                "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: fewer repetitions."
+            ),
+            click.option("--seed", type=int, help="The same seed gives the same text.  [default: random]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("prompt")
 @_model_options
 @click.option("--chat", is_flag=True, help="Take the prompt as a message to an instruction-tuned model.")
-@click.option("--max-new-tokens", type=int, help="Stop after so many tokens.  [default: until the context is full]")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token always.")
-@click.option("--top-k", type=int, default=64, show_default=True, help="Draw from the k likeliest tokens; 0 is off.")
-@click.option(
-    "--top-p", type=float, default=0.95, show_default=True, help="Draw from the likeliest that make up p; 1 is off."
-)
-@click.option(
-    "--min-p", type=float, default=0.0, show_default=True, help="Draw from those p times as likely as the likeliest."
-)
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: fewer repetitions.")
-@click.option("--seed", type=int, help="The same seed gives the same text.  [default: random]")
+@_sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. May be repeated.")
 @click.option("--quiet", "-q", is_flag=True, help="The text only: no progress bar, no figures.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print text, token ids and figures as a line of JSON at the end."
+)
 def generate(
-    prompt: str, model: str, precision: str, context_length: int | None, chat: bool, quiet: bool, **options: Any
+    prompt: str,
+    model: str,
+    precision: str,
+    context_length: int | None,
+    chat: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Continue PROMPT; "-" reads it from the standard input."""
     Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # what is amiss, before a long load
@@ -97,18 +140,53 @@ def generate(
         prompt = sys.stdin.read().removesuffix("\n")
     with _load(model, precision, context_length, quiet) as gemma:
         generation = gemma.chat(prompt, **options) if chat else gemma.generate(prompt, **options)
-        if not chat:
+        if not (chat or as_json):
             click.echo(prompt, nl=False)
         try:
             for piece in generation:
-                click.echo(piece.text, nl=False)
+                if not as_json:
+                    click.echo(piece.text, nl=False)
         except KeyboardInterrupt:
             generation.stats.finish_reason = "interrupted"
-        click.echo()
-        if not quiet:
+        if as_json:
+            result = {"text": generation.text, "ids": generation.ids, "seed": generation.sampling.seed}
+            click.echo(json.dumps(result | asdict(generation.stats), ensure_ascii=False))
+        else:
+            click.echo()
+        if not (quiet or as_json):
             _report(gemma, generation)
     if generation.stats.finish_reason == "interrupted":
         sys.exit(130)
+
+
+@main.command()
+@_model_options
+@click.option("--system", "-p", default="", metavar="TEXT", help="How the model is to behave.")
+@click.option(
+    "--file",
+    "-f",
+    "files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A text to put in front of the first message. May be repeated.",
+)
+@_sampling_options
+def chat(
+    model: str,
+    precision: str,
+    context_length: int | None,
+    system: str,
+    files: tuple[Path, ...],
+    **options: Any,
+) -> None:
+    """Talk with an instruction-tuned model; /help there lists the commands."""
+    try:
+        from gemma_wgpu.terminal import Chat, Settings
+    except ImportError as error:
+        raise click.ClickException(f"{error.name} is not installed; pip install 'gemma-wgpu[chat]'") from None
+    settings = Settings(**options)
+    with _load(model, precision, context_length, quiet=False) as gemma:
+        Chat(gemma, Conversation(system), settings, files).run()
 
 
 def _load(model: str, precision: str, context_length: int | None, quiet: bool) -> gemma_wgpu.Gemma:

@@ -1,5 +1,6 @@
 """The command line: in this process where what it says counts, in one of its own where signals and pipes do."""
 
+import json
 import os
 import re
 import signal
@@ -71,6 +72,14 @@ def refused(result: Result | subprocess.CompletedProcess[str], *named: str, code
     assert lines[-1].startswith("Error: ")
     for name in named:
         assert name in lines[-1]
+
+
+def test_json(story: str) -> None:
+    result = generated(story, "so x", "--json", "--seed", "3")
+    assert result.stderr == ""
+    content = json.loads(result.stdout)
+    assert (content["text"], content["ids"], content["seed"]) == ("yz", [token("y"), token("z")], 3)
+    assert (content["finish_reason"], content["prompt_tokens"], content["new_tokens"]) == ("eos", 5, 3)
 
 
 def test_prompt_and_text_are_printed(story: str) -> None:

@@ -1,0 +1,115 @@
+"""Conversations: turns, what is dropped when the context is full, and files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma_wgpu.chat import encode_chat
+from gemma_wgpu.conversation import Conversation
+from gemma_wgpu.errors import RequestError
+from gemma_wgpu.tokenizer import BPETokenizer
+from tests.tiny import PIECES, TYPES
+
+TOKENIZER = BPETokenizer(PIECES, -np.arange(len(PIECES), dtype=np.float32), np.array(TYPES, np.int32))
+CONTEXT = 400
+
+
+def told(count: int, system: str = "") -> Conversation:
+    """A conversation of `count` exchanges that waits for a reply."""
+    conversation = Conversation(system)
+    for number in range(count):
+        conversation.say(f"question {number}")
+        conversation.reply(f"answer {number}")
+    conversation.say("last question")
+    return conversation
+
+
+def contents(conversation: Conversation) -> list[object]:
+    return [message["content"] for message in conversation.messages]
+
+
+def test_turns() -> None:
+    conversation = Conversation("be kind")
+    assert conversation.tokens(TOKENIZER) == 0
+    conversation.say("a")
+    conversation.reply("b")
+    assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
+    assert conversation.tokens(TOKENIZER) == len(encode_chat(TOKENIZER, conversation.messages))
+    assert conversation.take_back_reply()
+    assert not conversation.take_back_reply()
+    assert contents(conversation) == ["be kind", "a"]
+    assert conversation.undo()
+    assert not conversation.undo()
+    conversation.system = ""
+    assert conversation.messages == []
+
+
+def test_undo_takes_back_a_whole_exchange() -> None:
+    conversation = told(1)
+    assert conversation.undo()
+    assert contents(conversation) == ["question 0", "answer 0"]
+    assert conversation.undo()
+    assert contents(conversation) == []
+
+
+def test_nothing_is_dropped_while_there_is_room() -> None:
+    conversation = told(3)
+    before = contents(conversation)
+    assert conversation.fit(TOKENIZER, conversation.tokens(TOKENIZER) * 8 // 7 + 1) == 0
+    assert contents(conversation) == before
+
+
+@pytest.mark.parametrize("system", ["", "be kind"])
+def test_the_oldest_are_dropped_and_the_system_text_stays(system: str) -> None:
+    conversation = told(30, system)
+    dropped = conversation.fit(TOKENIZER, CONTEXT)
+    assert dropped % 2 == 0
+    number = dropped // 2
+    assert contents(conversation) == [*([system] if system else []), *contents(told(30))[dropped:]]
+    assert conversation.tokens(TOKENIZER) <= CONTEXT * 3 // 4
+    longer = told(30, system)
+    del longer.turns[: 2 * (number - 1)]
+    assert longer.tokens(TOKENIZER) > CONTEXT * 3 // 4
+    assert conversation.fit(TOKENIZER, CONTEXT) == 0
+
+
+def test_a_message_that_is_nearly_too_long() -> None:
+    conversation = told(2)
+    conversation.turns[-1]["content"] = "x" * 360
+    assert conversation.fit(TOKENIZER, CONTEXT) == 4
+    conversation.turns[-1]["content"] = "x" * 400
+    with pytest.raises(RequestError, match=r"has 4\d\d tokens; the context has 400. Shorten it"):
+        conversation.fit(TOKENIZER, CONTEXT)
+
+
+def test_files(tmp_path: Path) -> None:
+    conversation = told(2, "söy")
+    conversation.save(tmp_path / "c.json", {"temperature": 0.5, "seed": None})
+    again, settings = Conversation.load(tmp_path / "c.json")
+    assert again == conversation
+    assert settings == {"temperature": 0.5, "seed": None}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"system": "", "messages": [{"role": "assistant", "content": "a"}], "settings": {}}',
+        '{"system": "", "messages": [{"role": "user", "content": 3}], "settings": {}}',
+        '{"system": 3, "messages": [], "settings": {}}',
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(RequestError, match=r"c\.json: not a conversation that was saved here"):
+        Conversation.load(tmp_path / "c.json")
+
+
+def test_files_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="none: cannot be read: No such file"):
+        Conversation.load(tmp_path / "none")
+    with pytest.raises(RequestError, match="none/c: cannot be written: No such file"):
+        Conversation().save(tmp_path / "none/c", {})
