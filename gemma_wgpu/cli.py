@@ -18,7 +18,7 @@ import gemma_wgpu
 from gemma_wgpu.conversation import Conversation
 from gemma_wgpu.errors import DeviceError, GemmaError
 from gemma_wgpu.evaluate import evaluate as evaluate_text
-from gemma_wgpu.gemma import PRECISIONS, checked_context_length
+from gemma_wgpu.gemma import ACTIVATIONS, PRECISIONS, checked_context_length
 from gemma_wgpu.generate import Generation
 from gemma_wgpu.gpu.native import native_adapters
 from gemma_wgpu.hub import find
@@ -59,6 +59,13 @@ def _model_options(command: F) -> F:
             type=click.Choice(PRECISIONS),
             default="auto",
             help="Precision of the arithmetic.",
+            show_default=True,
+        ),
+        click.option(
+            "--activations",
+            type=click.Choice(ACTIVATIONS),
+            default="auto",
+            help="Of prompts, where the weights are of 4 or 8 bits.",
             show_default=True,
         ),
         click.option("--context-length", type=int, help="Tokens of prompt and text together.  [default: 4096]"),
@@ -127,6 +134,7 @@ def generate(
     prompt: str,
     model: str,
     precision: str,
+    activations: str,
     context_length: int | None,
     chat: bool,
     quiet: bool,
@@ -138,7 +146,7 @@ def generate(
     if prompt == "-":
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         prompt = sys.stdin.read().removesuffix("\n")
-    with _load(model, precision, context_length, quiet) as gemma:
+    with _load(model, precision, activations, context_length, quiet=quiet) as gemma:
         generation = gemma.chat(prompt, **options) if chat else gemma.generate(prompt, **options)
         if not (chat or as_json):
             click.echo(prompt, nl=False)
@@ -174,6 +182,7 @@ def generate(
 def chat(
     model: str,
     precision: str,
+    activations: str,
     context_length: int | None,
     system: str,
     files: tuple[Path, ...],
@@ -185,13 +194,21 @@ def chat(
     except ImportError as error:
         raise click.ClickException(f"{error.name} is not installed; pip install 'gemma-wgpu[chat]'") from None
     settings = Settings(**options)
-    with _load(model, precision, context_length, quiet=False) as gemma:
+    with _load(model, precision, activations, context_length) as gemma:
         Chat(gemma, Conversation(system), settings, files).run()
 
 
-def _load(model: str, precision: str, context_length: int | None, quiet: bool) -> gemma_wgpu.Gemma:
+def _load(
+    model: str, precision: str, activations: str, context_length: int | None, *, quiet: bool = False
+) -> gemma_wgpu.Gemma:
     with _bytes_bar(f"Loading {model}", quiet=quiet) as bar:
-        return gemma_wgpu.load(model, precision=precision, context_length=context_length, progress=_moving(bar))
+        return gemma_wgpu.load(
+            model,
+            precision=precision,
+            activations=activations,
+            context_length=context_length,
+            progress=_moving(bar),
+        )
 
 
 def _bytes_bar(title: str, *, quiet: bool = False) -> tqdm[Any]:
@@ -321,8 +338,8 @@ def evaluate(
     except UnicodeDecodeError:
         raise click.BadParameter(f"{text} is not UTF-8 text", param_hint="--text") from None
     with ExitStack() as stack:
-        judged = stack.enter_context(_load(model, precision, segment, quiet=False))
-        other = stack.enter_context(_load(against, against_precision, segment, quiet=False)) if against else None
+        judged = stack.enter_context(_load(model, precision, "float", segment))
+        other = stack.enter_context(_load(against, against_precision, "float", segment)) if against else None
         with tqdm(desc="Evaluating", unit=" tokens", leave=False, disable=None) as bar:
             result = evaluate_text(
                 judged, content, against=other, segment=segment, max_tokens=max_tokens, progress=_moving(bar)
