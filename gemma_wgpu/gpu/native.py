@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Coroutine, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -114,8 +115,8 @@ class _Mapped:
         self._submission = ffi.new("WGPUSubmissionIndex *", submission)
         # What wgpu-py would submit besides is for buffers that were written to just now.
         self._promise = staging.map_async("READ_NOSYNC", 0, size)
-        if device.blocking:  # an event loop that runs all the same may be closed before the read comes
-            self._promise._call_soon_threadsafe = None
+        announce = self._promise._call_soon_threadsafe
+        self._promise._call_soon_threadsafe = None if device.blocking else partial(_announce, announce)
 
     def __await__(self) -> Generator[Any, None, NDArray[np.uint8]]:
         with _as_device_error("reading from the GPU"):
@@ -139,6 +140,11 @@ class _Mapped:
                 raise DeviceError(f"{self._device.info} was lost while it was read from; load the model again")
         self._device.interrupts.check()
         self._promise.sync_wait()
+
+
+def _announce(announce: Callable[..., object], *what: object) -> None:
+    with suppress(RuntimeError):  # the event loop was closed before the read came: nobody awaits it
+        announce(*what)
 
 
 class NativeDevice(Device):
