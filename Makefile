@@ -30,7 +30,21 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --group test
 	touch $@
 
+# The site with its notebooks, in site/_output. MODEL is a model to go with it, or none; ONLINE=1 leaves Pyodide at its
+# official address.
+MODEL ?= demo
+site: $(VENV)/.installed-site
+	$(BIN)/python site/build.py --model "$(MODEL)" $(if $(ONLINE),--pyodide official)
+
+serve:
+	@test -d site/_output || $(MAKE) site
+	$(PYTHON) -m http.server --directory site/_output
+
+$(VENV)/.installed-site: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group site
+	touch $@
+
 clean:
 	rm -rf $(VENV)
 
-.PHONY: demo test test-browser clean
+.PHONY: demo test test-browser site serve clean
