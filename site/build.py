@@ -44,11 +44,21 @@ IN_PYODIDE = {"sys_platform": "emscripten", "platform_system": "Emscripten", "py
 @click.option("--model", default="demo", show_default=True, help="To go with the site, as 'demo'; 'none' for none.")
 @click.option("--pyodide", metavar="URL", help=f"Of a Pyodide distribution, or 'official' for {PYODIDE_CDN_URL}.")
 @click.option("--output", type=click.Path(path_type=Path), default=HERE / "_output", help="[default: site/_output]")
-def main(model: str, pyodide: str | None, output: Path) -> None:
+def main(model: str, pyodide: str | None, output: Path) -> None:  # noqa: D103
     output = output.resolve()
     shutil.rmtree(output, ignore_errors=True)
     with tempfile.TemporaryDirectory() as work:
-        lite = [sys.executable, "-m", "jupyter", "lite", "build", "--lite-dir", str(HERE), "--output-dir", str(output)]
+        lite = [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "lite",
+            "build",
+            "--lite-dir",
+            str(HERE),
+            "--output-dir",
+            str(output),
+        ]
         run(*lite, f"--LiteManager.cache_dir={work}/cache", cwd=Path(work))
     add_python(output, PYODIDE_CDN_URL if pyodide == "official" else pyodide)
     if model != "none":
@@ -148,6 +158,7 @@ def link(source: str, target: str) -> None:
 
 
 def run(*command: str, cwd: Path | None = None) -> None:
+    """Run a command; what it says is shown where it fails."""
     result = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         raise SystemExit(f"{result.stdout}\nsite: {' '.join(command)} failed with code {result.returncode}")

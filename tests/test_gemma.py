@@ -21,6 +21,7 @@ from tests.tiny import (
     PIECES,
     random_gguf,
     random_weights,
+    reference_attention,
     reference_logits,
     write_damaged,
     write_folder,
@@ -122,6 +123,41 @@ def test_async_gives_the_same(folder: Path, gemma: Gemma) -> None:
             return await other.logits_async(IDS[:17], last=3)
 
     assert np.array_equal(asyncio.run(loaded()), gemma.logits(IDS[:17], last=3))
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 33, 100])
+def test_attention(gemma: Gemma, length: int) -> None:
+    expected = reference_attention(CONFIG, WEIGHTS, IDS[:length])
+    for layer in range(CONFIG.num_hidden_layers):
+        shares = gemma.attention(IDS[:length], layer)
+        assert shares.dtype == np.float32
+        assert shares.shape == (4, length, length)
+        assert np.max(np.abs(shares - expected[layer])) < 1e-5
+
+
+def test_attention_in_f16(folder: Path) -> None:
+    with load(folder, precision="f16") as gemma:
+        away = np.max(np.abs(gemma.attention(IDS, 2) - reference_attention(CONFIG, WEIGHTS, IDS)[2]))
+        assert 1e-5 < away < 5e-2
+
+
+@pytest.mark.parametrize("layer", [-1, 3, 1.0, True])
+def test_attention_of_a_layer_that_there_is_not(gemma: Gemma, layer: int) -> None:
+    with pytest.raises(RequestError, match=f"^layer is {layer}; it must be a whole number from 0 to 2$"):
+        gemma.attention(IDS, layer)
+
+
+def test_attention_of_more_than_a_chunk(folder: Path) -> None:
+    with load(folder, prefill_chunk=9) as gemma:
+        assert gemma.attention(IDS[:9], 0).shape == (4, 9, 9)
+        with pytest.raises(RequestError, match="10"):
+            gemma.attention(IDS[:10], 0)
+
+
+def test_generation_goes_on_after_attention(gemma: Gemma) -> None:
+    before = gemma.logits(IDS[:17])
+    gemma.attention(IDS[:40], 1)
+    assert np.array_equal(gemma.logits(IDS[:17]), before)
 
 
 def test_rope_scaling(tmp_path: Path) -> None:
