@@ -11,24 +11,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --ignore tests/browser
-
-# The browser's device, in Chromium; apart from `test` until there is a site to test with it.
-test-browser: $(VENV)/.installed-test
-	tools/install_chromium.sh
-	$(BIN)/python -m pip install --quiet --group browser
-	$(BIN)/python -m pytest tests/browser
-
-$(VENV)/.installed: pyproject.toml
-	tools/install_vulkan.sh
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
-	touch $@
-
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --group test
-	touch $@
+	$(BIN)/python -m pytest
 
 # The site with its notebooks, in site/_output. MODEL is a model to go with it, or none; ONLINE=1 leaves Pyodide at its
 # official address.
@@ -38,13 +21,25 @@ site: $(VENV)/.installed-site
 
 serve:
 	@test -d site/_output || $(MAKE) site
-	$(PYTHON) -m http.server --directory site/_output
+	$(PYTHON) -m http.server --bind 127.0.0.1 --directory site/_output
+
+$(VENV)/.installed: pyproject.toml
+	tools/install_vulkan.sh
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	tools/install_chromium.sh
+	$(BIN)/python -m pip install --quiet --editable ".[demo,notebook]" --group test --group site --group browser
+	touch $@
 
 $(VENV)/.installed-site: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --group site
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build site/_output
 
-.PHONY: demo test test-browser site serve clean
+.PHONY: demo test site serve clean

@@ -37,6 +37,7 @@ LOCK = "pyodide-lock.json"
 KERNEL = Path(LAB_EXTENSIONS, PYODIDE_KERNEL_NPM_NAME, "static")  # where the kernel's worker and its own wheels are
 # Fetched while Pyodide starts, not one after the other once it has.
 PREFETCHED = ["micropip", "piplite", "ipykernel", "comm", "pyodide-kernel", "jedi", "ipython", "ipywidgets"]
+ICON = '<link rel="icon" href="../lab/favicon.ico">'
 IN_PYODIDE = {"sys_platform": "emscripten", "platform_system": "Emscripten", "python_version": "3.14", "extra": ""}
 
 
@@ -48,21 +49,16 @@ def main(model: str, pyodide: str | None, output: Path) -> None:  # noqa: D103
     output = output.resolve()
     shutil.rmtree(output, ignore_errors=True)
     with tempfile.TemporaryDirectory() as work:
-        lite = [
-            sys.executable,
-            "-m",
-            "jupyter",
-            "lite",
-            "build",
-            "--lite-dir",
-            str(HERE),
-            "--output-dir",
-            str(output),
-        ]
-        run(*lite, f"--LiteManager.cache_dir={work}/cache", cwd=Path(work))
+        jupyter = [sys.executable, "-m", "jupyter", "lite", "build", f"--LiteManager.cache_dir={work}/cache"]
+        run(*jupyter, "--lite-dir", str(HERE), "--output-dir", str(output), cwd=Path(work))
     add_python(output, PYODIDE_CDN_URL if pyodide == "official" else pyodide)
     if model != "none":
         add_model(output / "models" / "demo", model)
+    shutil.copy(HERE / "index.html", output)
+    for app in output.glob("*/index.html"):
+        html = app.read_text(encoding="utf-8")
+        # JupyterLite names its icon late, when the browser has asked the host for one already.
+        app.write_text(html.replace("<head>", f"<head>{ICON}", 1), encoding="utf-8")
     (output / ".nojekyll").touch()  # GitHub Pages is to serve the files as they are
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     click.echo(f"{output}: {size / 1e6:,.0f} MB")

@@ -9,7 +9,7 @@ import builtins
 from collections.abc import Awaitable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from js import BroadcastChannel
@@ -216,15 +216,15 @@ def block_on(coroutine: Coroutine[Any, Any, T]) -> T:
     if not can_run_sync():
         coroutine.close()
         raise DeviceError(_CANNOT_BLOCK)
-    outcome: T | KeyboardInterrupt = run_sync(_outcome(coroutine))
-    if isinstance(outcome, KeyboardInterrupt):
-        raise outcome
-    return outcome
+    result, error = run_sync(_outcome(coroutine))
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
-async def _outcome(coroutine: Coroutine[Any, Any, T]) -> T | KeyboardInterrupt:
-    """What comes of a coroutine. An interrupt is a result, since it may not leave a task of Pyodide's event loop."""
+async def _outcome(coroutine: Coroutine[Any, Any, T]) -> tuple[T, None] | tuple[None, BaseException]:
+    """What comes of a coroutine. Pyodide would show an exception as unhandled: nothing in Python awaits this task."""
     try:
-        return await coroutine
-    except KeyboardInterrupt as interrupt:
-        return interrupt
+        return await coroutine, None
+    except BaseException as error:
+        return None, error
