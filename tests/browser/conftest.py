@@ -15,7 +15,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Playwright, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import convert
@@ -125,21 +125,17 @@ def server(site: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="package")  # it leaves an event loop running in this thread, which other tests could not bear
-def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as playwright:
-        yield playwright
-
-
-def launch(playwright: Playwright, *flags: str) -> Browser:
+def browser() -> Iterator[Browser]:
     path = shutil.which("chromium")
     assert path, "chromium is missing; tools/install_chromium.sh installs it"
-    return playwright.chromium.launch(executable_path=path, args=flags, ignore_default_args=["--disable-gpu"])
-
-
-@pytest.fixture(scope="package")
-def browser(playwright: Playwright) -> Iterator[Browser]:
-    with launch(playwright, "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader") as browser:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"],
+            ignore_default_args=["--disable-gpu"],
+        )
         yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="package")
