@@ -347,8 +347,12 @@ async def _load(
                     progress(arrived, total)
 
             tokenizer = weights.tokenizer()
-            model.allocate()
-            await model.load(weights, advance)
+            try:
+                model.allocate()
+                await model.load(weights, advance)
+            except DeviceError as error:
+                needed = f"{weights.name} has {total / 1e6:,.0f} MB of weights to hold on the GPU"
+                raise DeviceError(f"{error} ({needed})") from error
             return Gemma(weights.name, weights.quantization, model, tokenizer)
     except BaseException:
         device.close()

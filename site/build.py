@@ -93,6 +93,7 @@ def add_python(output: Path, distribution: str | None) -> None:
     config = json.loads((output / "jupyter-lite.json").read_text(encoding="utf-8"))
     settings = config["jupyter-config-data"]["litePluginSettings"][PYODIDE_KERNEL_PLUGIN_ID]
     settings["pyodideUrl"] = f"{distribution or './static/pyodide'}/pyodide.mjs"
+    settings["disablePyPIFallback"] = distribution is None
     settings["loadPyodideOptions"] = {
         "lockFileURL": f"./static/pyodide/{LOCK}",
         "packages": PREFETCHED,
