@@ -11,13 +11,17 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --ignore tests/browser
+	$(BIN)/python -m pytest
 
-# The browser's device, in Chromium; apart from `test` until there is a site to test with it.
-test-browser: $(VENV)/.installed-test
-	tools/install_chromium.sh
-	$(BIN)/python -m pip install --quiet --group browser
-	$(BIN)/python -m pytest tests/browser
+# The site with its notebooks, in site/_output. MODEL is a model to go with it, or none; ONLINE=1 leaves Pyodide at its
+# official address.
+MODEL ?= demo
+site: $(VENV)/.installed-site
+	$(BIN)/python site/build.py --model "$(MODEL)" $(if $(ONLINE),--pyodide official)
+
+serve:
+	@test -d site/_output || $(MAKE) site
+	$(PYTHON) -m http.server --bind 127.0.0.1 --directory site/_output
 
 $(VENV)/.installed: pyproject.toml
 	tools/install_vulkan.sh
@@ -27,10 +31,15 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --group test
+	tools/install_chromium.sh
+	$(BIN)/python -m pip install --quiet --editable ".[demo,notebook]" --group test --group site --group browser
+	touch $@
+
+$(VENV)/.installed-site: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group site
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build site/_output
 
-.PHONY: demo test test-browser clean
+.PHONY: demo test site serve clean

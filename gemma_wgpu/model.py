@@ -358,12 +358,11 @@ class Model:
         for part in matrix.parts:
             yield k.matmul_int8(part, self.state, q, factors, y, stride=matrix.rows, scale=scale, max_count=max_count)
 
-    def _prefill_attention(self, layer: Layer, n: int, *, add: bool) -> Iterator[Dispatch]:
-        k, shape = self._kernels, layer.attention
+    def _prefill_heads(self, layer: Layer, n: int, *, add: bool) -> Iterator[Dispatch]:
         yield self._prefill_norm(layer.attention_norms, add=add, max_count=n)
         yield from self._prompt_matmul(layer.qkv, self.normed, self.qkv, max_count=n)
-        yield k.qk_norm_rope(
-            shape,
+        yield self._kernels.qk_norm_rope(
+            layer.attention,
             self.state,
             self.qkv,
             layer.head_norms,
@@ -373,6 +372,10 @@ class Model:
             self.values,
             max_count=n,
         )
+
+    def _prefill_attention(self, layer: Layer, n: int, *, add: bool) -> Iterator[Dispatch]:
+        k, shape = self._kernels, layer.attention
+        yield from self._prefill_heads(layer, n, add=add)
         yield k.attention_prefill(
             shape,
             self.state,
@@ -505,6 +508,37 @@ class Model:
                 self.device.submit([program])
                 data = await self.device.read(buffer, 0, 4 * rows * vocab)
                 yield data.view(np.float32).reshape(rows, vocab)
+
+    async def attention(self, length: int, index: int) -> NDArray[np.float32]:
+        """How the heads of layer `index` share out their attention: float32 (heads, length, length).
+
+        Prefills `length` tokens, at most `prefill_chunk`, up to that layer. The attention kernels compute the same on
+        the way, and keep it to themselves.
+        """
+        config, layer = self.config, self.layers[index]
+        dispatches = [*self._embed(self.residuals[0], length)]
+        for number, below in enumerate(self.layers[:index]):
+            dispatches += self._prefill_attention(below, length, add=number > 0)
+            dispatches += self._prefill_feedforward(below, length)
+        dispatches += self._prefill_heads(layer, length, add=index > 0)
+        self._set_state(0, length)
+        self.device.submit([self.device.record(dispatches)])
+        q = await self._heads(self.queries, length, config.num_attention_heads)
+        k = await self._heads(self.keys, length, config.num_key_value_heads)
+        k = np.repeat(k, config.num_attention_heads // config.num_key_value_heads, axis=1)
+        scores = np.einsum("qhd,khd->hqk", q, k, optimize=True)  # the queries are scaled already
+        distance = np.arange(length)[:, None] - np.arange(length)
+        scores[:, (distance < 0) | (distance >= layer.attention.window)] = -np.inf
+        shares: NDArray[np.float32] = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        return shares
+
+    async def _heads(self, buffer: Buffer, length: int, heads: int) -> NDArray[np.float32]:
+        """The queries or the keys of a chunk's first `length` tokens: (length, heads, head_dim)."""
+        dtype = np.dtype(np.float16 if self.half else np.float32)
+        size = length * heads * self.config.head_dim * dtype.itemsize
+        stored = (await self.device.read(buffer, 0, size)).view(dtype)
+        return stored.reshape(length, heads, -1).astype(np.float32)
 
     @property
     def decode_dispatches(self) -> int:

@@ -13,7 +13,7 @@ import gemma_wgpu.gemma
 from gemma_wgpu import DeviceError, Gemma, ModelError, RequestError, load, load_async
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.gpu import open_device_sync
-from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.gpu.device import Buffer, Device, Dispatch
 from gemma_wgpu.weights.checkpoint import EMBEDDING
 from tests.tiny import (
     DAMAGES,
@@ -21,6 +21,7 @@ from tests.tiny import (
     PIECES,
     random_gguf,
     random_weights,
+    reference_attention,
     reference_logits,
     write_damaged,
     write_folder,
@@ -124,6 +125,60 @@ def test_async_gives_the_same(folder: Path, gemma: Gemma) -> None:
     assert np.array_equal(asyncio.run(loaded()), gemma.logits(IDS[:17], last=3))
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 33, 100])
+def test_attention(gemma: Gemma, length: int) -> None:
+    expected = reference_attention(CONFIG, WEIGHTS, IDS[:length])
+    for layer in range(CONFIG.num_hidden_layers):
+        shares = gemma.attention(IDS[:length], layer)
+        assert shares.dtype == np.float32
+        assert shares.shape == (4, length, length)
+        assert np.max(np.abs(shares - expected[layer])) < 1e-5
+
+
+def test_attention_in_f16(folder: Path) -> None:
+    with load(folder, precision="f16") as gemma:
+        away = np.max(np.abs(gemma.attention(IDS, 2) - reference_attention(CONFIG, WEIGHTS, IDS)[2]))
+        assert 1e-5 < away < 5e-2
+
+
+def test_wgsl_of_ones_own(gemma: Gemma) -> None:
+    device = gemma.device
+    source = """
+        override AMOUNT: u32;
+        @group(0) @binding(0) var<storage, read_write> numbers: array<u32>;
+        @compute @workgroup_size(1)
+        fn main(@builtin(global_invocation_id) id: vec3u) { numbers[id.x] += AMOUNT; }
+    """
+    numbers = device.upload(np.arange(4, dtype=np.uint32), "numbers")
+    add = device.compile("add", source, {"AMOUNT": 7})
+    device.submit([device.record([Dispatch(add, (numbers,), (4, 1, 1))])])
+    assert device.wait(read_words(device, numbers)) == [7, 8, 9, 10]
+    numbers.destroy()
+
+
+async def read_words(device: Device, buffer: Buffer) -> list[int]:
+    return [int(word) for word in (await device.read(buffer)).view(np.uint32)]
+
+
+@pytest.mark.parametrize("layer", [-1, 3, 1.0, True])
+def test_attention_of_a_layer_that_there_is_not(gemma: Gemma, layer: int) -> None:
+    with pytest.raises(RequestError, match=f"^layer is {layer}; it must be a whole number from 0 to 2$"):
+        gemma.attention(IDS, layer)
+
+
+def test_attention_of_more_than_a_chunk(folder: Path) -> None:
+    with load(folder, prefill_chunk=9) as gemma:
+        assert gemma.attention(IDS[:9], 0).shape == (4, 9, 9)
+        with pytest.raises(RequestError, match="10"):
+            gemma.attention(IDS[:10], 0)
+
+
+def test_generation_goes_on_after_attention(gemma: Gemma) -> None:
+    before = gemma.logits(IDS[:17])
+    gemma.attention(IDS[:40], 1)
+    assert np.array_equal(gemma.logits(IDS[:17]), before)
+
+
 def test_rope_scaling(tmp_path: Path) -> None:
     """Positions of global layers divided by 8, in both formats, which name it differently."""
     hf = HF | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
@@ -204,6 +259,19 @@ def test_what_a_model_says_of_itself(gemma: Gemma, quantized: tuple[Path, NDArra
         assert other.activations == ("int8" if on_cpu else "float")
         assert other.context_length == 32
         assert other.name == "Tiny"
+
+
+def test_what_a_notebook_shows(gemma: Gemma) -> None:
+    shown = gemma._repr_html_()
+    assert "<b>tiny</b>" in shown
+    assert str(gemma.device.info) in shown
+    assert gemma.device.info.type in gemma.device._repr_html_()
+    text = gemma.generate([2], max_new_tokens=3, seed=1)
+    assert "Nothing yet" in text._repr_html_()
+    text.text = "a < b"
+    list(text)
+    assert "a &lt; b" in text._repr_html_()
+    assert "3 new ones" in text._repr_html_()
 
 
 def test_bytes_on_the_gpu(gemma: Gemma) -> None:

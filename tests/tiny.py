@@ -202,6 +202,17 @@ def write_damaged(path: Path, damage: str) -> str:
 
 def reference_logits(config: Gemma3Config, weights: Weights, ids: Sequence[int]) -> NDArray[np.float64]:
     """The logits after each of `ids`, by the Gemma 3 report (arXiv 2503.19786): (len(ids), vocab_size)."""
+    return _forward(config, weights, ids)[0]
+
+
+def reference_attention(config: Gemma3Config, weights: Weights, ids: Sequence[int]) -> list[NDArray[np.float64]]:
+    """How each layer's heads share out their attention: (heads, len(ids), len(ids))."""
+    return _forward(config, weights, ids)[1]
+
+
+def _forward(
+    config: Gemma3Config, weights: Weights, ids: Sequence[int]
+) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
     w = {name: values.astype(np.float64) for name, values in weights.items()}
     n, group = len(ids), config.num_attention_heads // config.num_key_value_heads
     distance = np.arange(n)[:, None] - np.arange(n)
@@ -233,6 +244,7 @@ def reference_logits(config: Gemma3Config, weights: Weights, ids: Sequence[int])
         scores = np.where(visible, scores, -np.inf)
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)
+        attended.append(shares)
         return np.einsum("hqk,khd->qhd", shares, v).reshape(n, -1) @ w[f"{prefix}.o_proj.weight"].T
 
     def feed_forward(x: NDArray[np.float64], layer: int) -> NDArray[np.float64]:
@@ -241,6 +253,7 @@ def reference_logits(config: Gemma3Config, weights: Weights, ids: Sequence[int])
         gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
         return (gelu * up) @ w[f"{prefix}.down_proj.weight"].T
 
+    attended: list[NDArray[np.float64]] = []
     x = w[EMBEDDING][list(ids)] * config.hidden_size**0.5
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
@@ -248,5 +261,4 @@ def reference_logits(config: Gemma3Config, weights: Weights, ids: Sequence[int])
         x = x + norm(y, f"{prefix}.post_attention_layernorm")
         y = feed_forward(norm(x, f"{prefix}.pre_feedforward_layernorm"), layer)
         x = x + norm(y, f"{prefix}.post_feedforward_layernorm")
-    logits: NDArray[np.float64] = norm(x, "model.norm") @ w[EMBEDDING].T
-    return logits
+    return norm(x, "model.norm") @ w[EMBEDDING].T, attended

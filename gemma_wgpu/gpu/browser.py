@@ -5,15 +5,17 @@ What WebGPU does is written in `browser.js`, which each method enters once. Erro
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Awaitable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from js import BroadcastChannel
 from numpy.typing import NDArray
 from pyodide.code import run_js
-from pyodide.ffi import JsException, can_run_sync, run_sync, to_js
+from pyodide.ffi import JsException, can_run_sync, create_proxy, run_sync, to_js
 
 from gemma_wgpu.errors import DeviceError
 from gemma_wgpu.gpu.device import (
@@ -60,6 +62,31 @@ class _BrowserProgram(Program):
         self.handle, self.dispatches = handle, tuple(dispatches)
 
 
+class _Interrupts:
+    """The interrupts of this kernel, counted. JupyterLite has none; the page of our site announces them on a channel.
+
+    They are heard while Python waits, which is when it reads from the GPU.
+    """
+
+    def __init__(self) -> None:
+        self.heard = 0
+        self._channel = BroadcastChannel.new("gemma_wgpu.interrupt")
+        self._channel.onmessage = create_proxy(self._hear)
+
+    def _hear(self, event: Any) -> None:
+        if event.data == _session():
+            self.heard += 1
+
+
+def _session() -> str | None:
+    """The Jupyter session that the running cell is of; None outside of Jupyter."""
+    shell = getattr(builtins, "get_ipython", lambda: None)()
+    return shell and shell.kernel.get_parent()["header"]["session"]
+
+
+interrupts = _Interrupts()
+
+
 class _Reading:
     """A readback under way."""
 
@@ -67,8 +94,11 @@ class _Reading:
         self._device, self._promise, self._label = device, promise, label
 
     def __await__(self) -> Generator[Any, None, NDArray[np.uint8]]:
+        heard = interrupts.heard
         with self._device.as_device_error("running on the GPU"):
             data = yield from self._promise.__await__()
+        if interrupts.heard != heard:
+            raise KeyboardInterrupt
         return np.frombuffer(data.to_bytes(), np.uint8)
 
 
@@ -186,5 +216,15 @@ def block_on(coroutine: Coroutine[Any, Any, T]) -> T:
     if not can_run_sync():
         coroutine.close()
         raise DeviceError(_CANNOT_BLOCK)
-    result: T = run_sync(coroutine)
-    return result
+    result, error = run_sync(_outcome(coroutine))
+    if error is not None:
+        raise error
+    return cast(T, result)
+
+
+async def _outcome(coroutine: Coroutine[Any, Any, T]) -> tuple[T, None] | tuple[None, BaseException]:
+    """What comes of a coroutine. Pyodide would show an exception as unhandled: nothing in Python awaits this task."""
+    try:
+        return await coroutine, None
+    except BaseException as error:
+        return None, error

@@ -16,6 +16,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu import html
 from gemma_wgpu.errors import DeviceError
 from gemma_wgpu.gpu.shader import load_shader
 
@@ -147,6 +148,20 @@ class Device(abc.ABC):
         self._buffers: WeakSet[Buffer] = WeakSet()
         self._pipelines: dict[tuple[object, ...], Pipeline] = {}
 
+    def _repr_html_(self) -> str:
+        limits = self.limits
+        return html.table(
+            str(self.info),
+            {
+                "type": self.info.type,
+                "features": ", ".join(sorted(self.features)) or "none that matter here",
+                "largest binding": f"{limits.max_storage_buffer_binding_size / 1e6:,.0f} MB",
+                "workgroup": f"{limits.max_compute_invocations_per_workgroup} threads, "
+                f"{limits.max_compute_workgroup_storage_size:,} bytes of shared memory",
+                "in use": f"{self.allocated / 1e6:,.0f} MB",
+            },
+        )
+
     def buffer(self, size: int, label: str) -> Buffer:
         """A zeroed buffer of `size` bytes, rounded up to a multiple of 16.
 
@@ -178,8 +193,15 @@ class Device(abc.ABC):
         key = (shader, half, subgroups, *sorted(constants.items()))
         if key not in self._pipelines:
             source = load_shader(shader, half=half, subgroups=subgroups)
-            self._pipelines[key] = Pipeline(self._create_pipeline(shader, source, constants), shader)
+            self._pipelines[key] = self.compile(shader, source, constants)
         return self._pipelines[key]
+
+    def compile(self, label: str, source: str, constants: Constants | None = None) -> Pipeline:
+        """WGSL of one's own, whose compute entry point is `main`, compiled with its `override` constants.
+
+        Raises DeviceError where it does not compile; in a browser, only the next `read` does.
+        """
+        return Pipeline(self._create_pipeline(label, source, constants or {}), label)
 
     def _free(self) -> None:
         """Let go of the pipelines, and of the memory of all buffers."""

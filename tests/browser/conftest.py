@@ -7,14 +7,15 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import pytest
-from playwright.sync_api import ConsoleMessage, Error, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import convert
@@ -34,16 +35,31 @@ SMALL = random_1b.CONFIG | {
 }
 
 
+def complaints_of(page: Page, origins: Sequence[str]) -> list[str]:
+    """What a page logs as an error, and its requests to anywhere else than `origins`, as they come."""
+    complaints: list[str] = []
+
+    def log(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            complaints.append(message.text)
+
+    def check(request: Request) -> None:
+        if not request.url.startswith((*origins, "data:", "blob:")):
+            complaints.append(f"request to {request.url}")
+
+    page.on("console", log)
+    page.on("pageerror", lambda error: complaints.append(error.message))
+    page.on("request", check)
+    return complaints
+
+
 class Chromium:
     """The page of index.html. Whatever it logs as an error, and requests to anywhere else, are in `complaints`."""
 
     def __init__(self, page: Page, origin: str) -> None:
-        self.complaints: list[str] = []
         self.page = page
         self.origins = [origin]  # to which requests are expected
-        page.on("console", self._log)
-        page.on("pageerror", lambda error: self.complaints.append(error.message))
-        page.on("request", lambda request: self._check(request.url))
+        self.complaints = complaints_of(page, self.origins)
         page.goto(f"{origin}/{SUB_PATH}/")
         self._wait()
 
@@ -64,14 +80,6 @@ class Chromium:
             )
         except Error as error:
             pytest.fail(error.message, pytrace=False)
-
-    def _log(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
-            self.complaints.append(message.text)
-
-    def _check(self, url: str) -> None:
-        if not url.startswith((*self.origins, "data:", "blob:")):
-            self.complaints.append(f"request to {url}")
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -98,10 +106,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def server(site: Path) -> Iterator[str]:
-    """The origin of a server of `site`."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(site))) as server:
+@contextmanager
+def serving(root: Path) -> Iterator[str]:
+    """The origin of a plain static server of `root`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(root))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -109,8 +117,15 @@ def server(site: Path) -> Iterator[str]:
         thread.join()
 
 
+@pytest.fixture(scope="session")
+def server(site: Path) -> Iterator[str]:
+    """The origin of a server of `site`."""
+    with serving(site) as origin:
+        yield origin
+
+
 @pytest.fixture(scope="package")  # it leaves an event loop running in this thread, which other tests could not bear
-def chromium(server: str) -> Iterator[Chromium]:
+def browser() -> Iterator[Browser]:
     path = shutil.which("chromium")
     assert path, "chromium is missing; tools/install_chromium.sh installs it"
     with sync_playwright() as playwright:
@@ -119,8 +134,13 @@ def chromium(server: str) -> Iterator[Chromium]:
             args=["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"],
             ignore_default_args=["--disable-gpu"],
         )
-        yield Chromium(browser.new_context().new_page(), server)
+        yield browser
         browser.close()
+
+
+@pytest.fixture(scope="package")
+def chromium(browser: Browser, server: str) -> Chromium:
+    return Chromium(browser.new_context().new_page(), server)
 
 
 @pytest.fixture(scope="session")
@@ -145,5 +165,6 @@ def host(small_model: Path, chromium: Chromium) -> Iterator[Host]:
 @pytest.fixture(autouse=True)
 def no_complaints(chromium: Chromium) -> Iterator[None]:
     yield
-    complaints, chromium.complaints = chromium.complaints, []
+    complaints = list(chromium.complaints)
+    chromium.complaints.clear()
     assert complaints == []

@@ -1,0 +1,165 @@
+"""Build the site: JupyterLite with Pyodide, this package, the notebooks and a model, as plain files in site/_output.
+
+The folder can be served from anywhere, at any path. Nothing in it asks for anything outside of it, unless it is built
+with --pyodide, which leaves Pyodide and its packages at that address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterable
+from email.parser import HeaderParser
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import click
+from jupyterlite_core.constants import LAB_EXTENSIONS
+from jupyterlite_pyodide_kernel.constants import PYODIDE_CDN_URL, PYODIDE_KERNEL_NPM_NAME, PYODIDE_KERNEL_PLUGIN_ID
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from gemma_wgpu.hub import find
+from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.weights.convert import convert
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+CACHE = ROOT / "build"
+LOCK = "pyodide-lock.json"
+KERNEL = Path(LAB_EXTENSIONS, PYODIDE_KERNEL_NPM_NAME, "static")  # where the kernel's worker and its own wheels are
+# Fetched while Pyodide starts, not one after the other once it has.
+PREFETCHED = ["micropip", "piplite", "ipykernel", "comm", "pyodide-kernel", "jedi", "ipython", "ipywidgets"]
+ICON = '<link rel="icon" href="../lab/favicon.ico">'
+IN_PYODIDE = {"sys_platform": "emscripten", "platform_system": "Emscripten", "python_version": "3.14", "extra": ""}
+
+
+@click.command(help=__doc__)
+@click.option("--model", default="demo", show_default=True, help="To go with the site, as 'demo'; 'none' for none.")
+@click.option("--pyodide", metavar="URL", help=f"Of a Pyodide distribution, or 'official' for {PYODIDE_CDN_URL}.")
+@click.option("--output", type=click.Path(path_type=Path), default=HERE / "_output", help="[default: site/_output]")
+def main(model: str, pyodide: str | None, output: Path) -> None:  # noqa: D103
+    output = output.resolve()
+    shutil.rmtree(output, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as work:
+        jupyter = [sys.executable, "-m", "jupyter", "lite", "build", f"--LiteManager.cache_dir={work}/cache"]
+        run(*jupyter, "--lite-dir", str(HERE), "--output-dir", str(output), cwd=Path(work))
+    add_python(output, PYODIDE_CDN_URL if pyodide == "official" else pyodide)
+    if model != "none":
+        add_model(output / "models" / "demo", model)
+    shutil.copy(HERE / "index.html", output)
+    for app in output.glob("*/index.html"):
+        html = app.read_text(encoding="utf-8")
+        # JupyterLite names its icon late, when the browser has asked the host for one already.
+        app.write_text(html.replace("<head>", f"<head>{ICON}", 1), encoding="utf-8")
+    (output / ".nojekyll").touch()  # GitHub Pages is to serve the files as they are
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    click.echo(f"{output}: {size / 1e6:,.0f} MB")
+
+
+def add_python(output: Path, distribution: str | None) -> None:
+    """Pyodide, unless it stays at the URL `distribution`; the wheels, and a lock that knows where all of it is."""
+    folder = output / "static" / "pyodide"
+    folder.mkdir(parents=True)
+    if distribution:
+        distribution = distribution.rstrip("/")
+        with urllib.request.urlopen(f"{distribution}/{LOCK}") as response:
+            lock = json.load(response)
+        for package in lock["packages"].values():
+            package["file_name"] = f"{distribution}/{package['file_name']}"
+    else:
+        local = CACHE / "pyodide"
+        run(sys.executable, str(ROOT / "tools" / "fetch_pyodide.py"), str(local))
+        shutil.copytree(local, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+        lock = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        lock["packages"] = {
+            name: package for name, package in lock["packages"].items() if (folder / package["file_name"]).exists()
+        }
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    target = ["--only-binary=:all:", "--python-version=3.14", "--implementation=py", "--abi=none", "--platform=any"]
+    run(*pip, "download", "--no-deps", *target, "--dest", str(folder), "--requirement", str(HERE / "packages.txt"))
+    run(*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
+    wheels = [*(output / KERNEL / "pypi").glob("*.whl"), *folder.glob("*-py*-none-any.whl")]
+    add_wheels(lock, wheels, folder)
+    (folder / LOCK).write_text(json.dumps(lock), encoding="utf-8")
+
+    config = json.loads((output / "jupyter-lite.json").read_text(encoding="utf-8"))
+    settings = config["jupyter-config-data"]["litePluginSettings"][PYODIDE_KERNEL_PLUGIN_ID]
+    settings["pyodideUrl"] = f"{distribution or './static/pyodide'}/pyodide.mjs"
+    settings["disablePyPIFallback"] = distribution is None
+    settings["loadPyodideOptions"] = {
+        "lockFileURL": f"./static/pyodide/{LOCK}",
+        "packages": PREFETCHED,
+        # An address is relative to the script of the kernel's worker.
+        "env": {"GEMMA_WGPU_DEMO": Path(os.path.relpath("models/demo", KERNEL)).as_posix()},
+    }
+    (output / "jupyter-lite.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def add_wheels(lock: dict[str, Any], wheels: Iterable[Path], folder: Path) -> None:
+    """Enter `wheels` of pure Python into a Pyodide lock that is to lie in `folder`."""
+    entries = [entry(wheel, folder) for wheel in wheels]
+    names = {canonicalize_name(name): name for name in lock["packages"]} | {e["name"]: e["name"] for e in entries}
+    for found in entries:
+        found["depends"] = [names[name] for name in found["depends"] if name in names]
+        lock["packages"][names[found["name"]]] = found
+
+
+def entry(wheel: Path, folder: Path) -> dict[str, Any]:
+    """What a lock says of a wheel."""
+    with ZipFile(wheel) as archive:
+        files = archive.namelist()
+        metadata = next(file for file in files if file.count("/") == 1 and file.endswith(".dist-info/METADATA"))
+        headers = HeaderParser().parsestr(archive.read(metadata).decode())
+    needed = map(Requirement, headers.get_all("Requires-Dist", []))
+    modules = {file.split("/")[0].removesuffix(".py") for file in files if file.endswith(".py")}
+    return {
+        "name": canonicalize_name(headers["Name"]),
+        "version": headers["Version"],
+        "file_name": Path(os.path.relpath(wheel, folder)).as_posix(),
+        "install_dir": "site",
+        "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        "package_type": "package",
+        "imports": sorted(modules),
+        "depends": [canonicalize_name(r.name) for r in needed if r.marker is None or r.marker.evaluate(IN_PYODIDE)],
+        "unvendored_tests": False,
+    }
+
+
+def add_model(folder: Path, model: str) -> None:
+    """`model` as a model folder, its matrices as they are."""
+    kept = CACHE / "model"
+    source = CACHE / "model.source"
+    path = find(model)
+    stamp = f"{path.resolve()} {path.stat().st_mtime_ns}"
+    if not source.is_file() or source.read_text() != stamp:
+        with open_checkpoint(path) as checkpoint:
+            convert(checkpoint, kept, quant="keep", force=True)
+        source.write_text(stamp)
+    shutil.copytree(kept, folder, copy_function=link)
+
+
+def link(source: str, target: str) -> None:
+    """Copy a file, or let its content have a second name where that can be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def run(*command: str, cwd: Path | None = None) -> None:
+    """Run a command; what it says is shown where it fails."""
+    result = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        raise SystemExit(f"{result.stdout}\nsite: {' '.join(command)} failed with code {result.returncode}")
+
+
+if __name__ == "__main__":
+    main()

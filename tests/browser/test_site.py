@@ -1,0 +1,184 @@
+"""The site as it is built, opened in Chromium from a plain static server at some path: its notebooks, run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page
+
+import gemma_wgpu
+from tests.browser.conftest import ROOT, SUB_PATH, complaints_of, serving
+
+SCREENSHOTS = Path(__file__).parent / "screenshots"
+STARTED = 120_000  # milliseconds: patience with Pyodide on a slow machine
+RUN = 300_000  # and with a cell
+
+
+class Notebook:
+    """A notebook of the site, open in a page."""
+
+    def __init__(self, page: Page, address: str) -> None:
+        self.page = page
+        page.goto(address)
+        page.locator(".jp-Cell").last.wait_for(timeout=STARTED)
+
+    @property
+    def cells(self) -> Locator:
+        """Those of code."""
+        return self.page.locator(".jp-CodeCell")
+
+    def run_all(self) -> None:
+        self.page.get_by_text("Run", exact=True).first.click()
+        self.page.get_by_text("Run All Cells", exact=True).click()
+        for index in range(self.cells.count()):
+            self.wait_for(index)
+
+    def wait_for(self, index: int) -> None:
+        """Until the cell has run."""
+        prompt = self.cells.nth(index).locator(".jp-InputPrompt").get_by_text(re.compile(r"\[\d+\]:"))
+        prompt.wait_for(timeout=RUN)
+
+    def output(self, index: int) -> str:
+        return "\n".join(self.cells.nth(index).locator(".jp-OutputArea-output").all_inner_texts())
+
+    def add(self, code: str) -> int:
+        """A new cell at the end, which begins to run; its index."""
+        index = self.cells.count()
+        self.page.locator(".jp-Cell").last.click(position={"x": 5, "y": 5})
+        self.page.keyboard.press("Escape")
+        self.page.keyboard.press("b")
+        self.page.keyboard.press("y")
+        self.page.keyboard.press("Enter")
+        self.page.keyboard.insert_text(code)
+        self.page.keyboard.press("Control+Enter")
+        return index
+
+    def run(self, code: str) -> str:
+        """The output of a new cell at the end."""
+        index = self.add(code)
+        self.wait_for(index)
+        return self.output(index)
+
+    def screenshot(self, name: str) -> None:
+        """All of it, however long."""
+        height = self.page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollHeight")
+        self.page.set_viewport_size({"width": 1200, "height": height + 150})
+        self.page.wait_for_timeout(1000)
+        SCREENSHOTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root = tmp_path_factory.mktemp("root")
+    subprocess.run([sys.executable, ROOT / "site" / "build.py", "--output", root / SUB_PATH], check=True)
+    with serving(root) as origin:
+        yield origin
+
+
+@pytest.fixture
+def opened(browser: Browser, origin: str) -> Iterator[Callable[[str], Notebook]]:
+    """Opens a notebook, in a browser that has not been here before."""
+    page = browser.new_context(viewport={"width": 1200, "height": 1000}).new_page()
+    complaints = complaints_of(page, [origin])
+    yield lambda name: Notebook(page, f"{origin}/{SUB_PATH}/notebooks/index.html?path={name}.ipynb")
+    page.context.close()
+    assert complaints == []
+
+
+def until(condition: Callable[[], bool], page: Page) -> None:
+    deadline = time.monotonic() + RUN / 1000
+    while not condition():
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(200)
+
+
+def test_chat(opened: Callable[[str], Notebook]) -> None:
+    notebook = opened("01_chat")
+    notebook.run_all()
+    prompt = "Why is the sky blue? The"
+    with gemma_wgpu.load("demo", precision="f32") as gemma:
+        native = gemma.generate(prompt, max_new_tokens=16, temperature=0)
+        for _ in native:
+            pass
+    assert "swiftshader" in notebook.output(0)
+    assert notebook.output(1) == prompt + native.text
+    assert "16 new ones" in notebook.output(2)
+    assert ast.literal_eval(notebook.output(3)) == native.ids
+    assert notebook.output(4) == "France: Paris\nItaly: Rome\nJapan: Tokyo"
+
+    chat = notebook.cells.nth(5).locator(".jp-OutputArea-output")
+    chat.get_by_placeholder("Write something").fill("Hello")
+    chat.get_by_role("button", name="Send").click()
+    said = chat.locator(".widget-html-content")
+    until(lambda: len(said.inner_text()) > len("user\nHello\n\nassistant\n\n"), notebook.page)
+    notebook.screenshot("01_chat")
+    chat.get_by_role("button", name="Stop").click()
+    assert notebook.run("await asyncio.wait([answering])\nprint(answering.cancelled())") == "True\n"
+
+    for way in ("for", "async for"):
+        cell = notebook.add(f"text = gemma.generate('One, two', seed=1)\n{way} piece in text: print(piece, end='')")
+        until(lambda cell=cell: notebook.output(cell) != "", notebook.page)
+        notebook.page.get_by_title("Interrupt the kernel").click()
+        notebook.wait_for(cell)
+        assert "KeyboardInterrupt" in notebook.output(cell)
+        assert notebook.run("print(text.stats.finish_reason, len(text.ids) < 20)") == "interrupted True\n"
+    again = f"for piece in gemma.generate({prompt!r}, max_new_tokens=2, temperature=0): print(piece, end='')"
+    assert notebook.run(again) == gemma.tokenizer.decode(native.ids[:2])
+
+
+def test_inside(opened: Callable[[str], Notebook]) -> None:
+    notebook = opened("02_inside_gemma")
+    notebook.run_all()
+    assert notebook.output(1).startswith("['<bos>', 'My', ' favourite', ' colour', ' is']")
+    assert notebook.page.locator(".jp-RenderedImage img").count() == 3
+    assert notebook.run("print(words[:3])") == "[\"' blue'\", \"' red'\", \"' the'\"]\n"
+    notebook.screenshot("02_inside_gemma")
+
+
+def test_kernel(opened: Callable[[str], Notebook]) -> None:
+    notebook = opened("03_write_a_kernel")
+    notebook.run_all()
+    for cell, most in ((1, 1e-6), (3, 1e-3)):
+        line = notebook.output(cell).splitlines()[0]
+        assert float(line.removeprefix("largest error against numpy: ")) < most
+    assert "'wrong'" in notebook.output(2)
+    assert "tokens a second" in notebook.output(4)
+    notebook.screenshot("03_write_a_kernel")
+
+
+def test_without_webgpu(opened: Callable[[str], Notebook]) -> None:
+    notebook = opened("01_chat")
+    notebook.run(
+        "from pyodide.code import run_js\n"
+        "run_js(\"Object.defineProperty(navigator, 'gpu', { value: undefined })\")\n"
+        "None"
+    )
+    notebook.cells.first.click()
+    notebook.page.keyboard.press("Control+Enter")
+    notebook.wait_for(0)
+    said = notebook.output(0).splitlines()
+    assert re.match("DeviceError: no WebGPU here. Use Chrome .*Safari .*Firefox", said[-1])
+    assert said[:-1] in ([], ["Loading"])
+
+
+def test_the_front_page(browser: Browser, origin: str) -> None:
+    page = browser.new_page()
+    complaints = complaints_of(page, [origin])
+    page.goto(f"{origin}/{SUB_PATH}/")
+    page.get_by_text("This browser has WebGPU").wait_for()
+    for link in page.locator("ol a").all():
+        path = re.search(r"path=(\w+\.ipynb)", link.get_attribute("href") or "")
+        assert path
+        assert (ROOT / "site" / "content" / path[1]).is_file()
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / "front.png")
+    assert complaints == []
+    page.close()
