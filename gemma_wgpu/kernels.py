@@ -13,6 +13,7 @@ from gemma_wgpu.weights.upload import Part
 
 VOCABULARY_PART = 1024  # tokens that a workgroup of logits_scan sums up
 QUERY_ROWS = 16  # query heads times tokens in a workgroup of attention_prefill
+READ_STEP = 4096  # bytes that a workgroup of read takes at once
 _REDUCE = 64  # threads of the kernels that sum over a workgroup
 
 
@@ -307,6 +308,11 @@ class Kernels:
         """Choose the next token, append it and advance the state."""
         constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "WORKGROUP_SIZE": _REDUCE}
         return self._dispatch("sample", constants, (state, sampling, logits, summaries, tokens, seen), 1)
+
+    def read(self, words: Buffer, out: Buffer, *, workgroups: int) -> Dispatch:
+        """Read all of `words`, whose size each workgroup has an equal share of, in steps of 4096 bytes."""
+        constants = {"SIZE": words.size // (READ_STEP * workgroups)}
+        return self._dispatch("read", constants, (words, out), workgroups, half=False)
 
     def _teams(self) -> dict[str, int]:
         return {"WORKGROUP_SIZE": _REDUCE, "LANES": self.tuning.lanes}

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,7 +18,8 @@ override AMOUNT: u32;
 @compute @workgroup_size(1)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) { numbers[id.x] += AMOUNT; }
 """
-SOURCES = {"add": ADD, "broken": "fn main( {", "wrong": ADD.replace("+= AMOUNT", "= 1.5")}
+SLOW = ADD.replace("numbers[id.x] += AMOUNT", "for (var i = 0u; i < AMOUNT; i++) { numbers[0] += i; }")
+SOURCES = {"add": ADD, "slow": SLOW, "broken": "fn main( {", "wrong": ADD.replace("+= AMOUNT", "= 1.5")}
 
 
 @pytest.fixture
@@ -234,6 +236,38 @@ def test_a_freed_buffer_is_an_error_by_name(device: NativeDevice) -> None:
             use()
     with pytest.raises(DeviceError, match="gone"):
         device.submit([program])
+
+
+def test_profiling_runs_the_programs_and_times_each_dispatch(device: NativeDevice) -> None:
+    buffer = device.upload(numbers(1, 1, 1, 1), "row")
+    slow = Dispatch(device.pipeline("slow", {"AMOUNT": 20_000_000}), (device.buffer(16, "scratch"),), (1, 1, 1))
+    one = device.record([adding(device, buffer, 1, 4), slow, adding(device, buffer, 10, 2)])
+    two = device.record([adding(device, buffer, 100)])
+    before = device.allocated
+    started = time.perf_counter()
+    seconds = device.wait(device.profile([one, two]))
+    elapsed = time.perf_counter() - started
+    assert words(device, buffer) == [112, 12, 2, 2]
+    assert device.allocated == before
+    assert seconds.shape == (4,)
+    assert (seconds >= 0).all()
+    assert int(seconds.argmax()) == 1
+    assert 0 < seconds.sum() < elapsed
+
+
+def test_profiling_what_was_freed_or_is_too_much_is_an_error(device: NativeDevice) -> None:
+    buffer = device.buffer(16, "gone")
+    program = device.record([adding(device, buffer, 1)] * 1025)
+    with pytest.raises(DeviceError, match="2,050 dispatches.* 2,048 can"):
+        device.wait(device.profile([program, program]))
+    with pytest.raises(DeviceError, match="0 dispatches"):
+        device.wait(device.profile([]))
+    buffer.destroy()
+    with pytest.raises(DeviceError, match="'gone'"):
+        device.wait(device.profile([program]))
+    device.features -= {"timestamp-query"}
+    with pytest.raises(DeviceError, match="no timestamp-query"):
+        device.wait(device.profile([program]))
 
 
 def test_close_twice_and_destroy_after_close() -> None:

@@ -52,8 +52,8 @@ async (limits, features) => {
         return data;
     };
 
-    const encode = (encoder, programs) => {
-        const pass = encoder.beginComputePass();
+    const encode = (encoder, programs, timing) => {
+        const pass = encoder.beginComputePass(timing);
         for (const program of programs) {
             for (const { pipeline, group, workgroups } of program) {
                 pass.setPipeline(pipeline);
@@ -127,6 +127,25 @@ async (limits, features) => {
             const encoder = device.createCommandEncoder();
             encode(encoder, programs);
             queue.submit([encoder.finish()]);
+        },
+
+        // A promise of nanoseconds, 64 bits each, before and after every one of `count` dispatches.
+        async profile(count, ...programs) {
+            checkAlive();
+            const querySet = device.createQuerySet({ type: "timestamp", count: 2 * count });
+            const usage = GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC;
+            const resolved = device.createBuffer({ size: 16 * count, usage });
+            const encoder = device.createCommandEncoder();
+            programs.flat().forEach((call, i) => {
+                const indices = { beginningOfPassWriteIndex: 2 * i, endOfPassWriteIndex: 2 * i + 1 };
+                encode(encoder, [[call]], { timestampWrites: { querySet, ...indices } });
+            });
+            encoder.resolveQuerySet(querySet, 0, 2 * count, resolved, 0);
+            queue.submit([encoder.finish()]);
+            const data = await this.read(resolved, 0, 16 * count);
+            resolved.destroy();
+            querySet.destroy();
+            return data;
         },
 
         // A promise of the bytes as they are after the programs.

@@ -157,6 +157,13 @@ class BrowserDevice(Device):
             promise = self._gpu.read(_within(buffer, offset, size), offset, size, *_handles(after))
         return _Reading(self, promise, buffer.label)
 
+    async def _timestamps(self, programs: Sequence[Program], count: int) -> NDArray[np.float64]:
+        with self.as_device_error("timing kernels"):
+            data = await self._gpu.profile(count, *_handles(programs))
+        ticks = np.frombuffer(data.to_bytes(), np.uint64)
+        nanoseconds: NDArray[np.float64] = (ticks - ticks.min()).astype(np.float64)
+        return nanoseconds
+
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return block_on(coroutine)
 

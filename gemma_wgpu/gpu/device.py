@@ -110,6 +110,7 @@ class Dispatch:
 
 
 Constants = Mapping[str, int | float | bool]
+MOST_PROFILED = 2048  # dispatches: WebGPU has 4096 queries in a set, one before and one after each
 
 
 class Held(abc.ABC):
@@ -253,6 +254,26 @@ class Device(abc.ABC):
         The call itself puts them and the copy on the queue, not the await. `offset` and `size` are multiples of 4.
         Raises DeviceError where the device was lost, and as `submit` does.
         """
+
+    async def profile(self, programs: Sequence[Program]) -> NDArray[np.float64]:
+        """Run the programs as `submit` does, but for a pass of its own around each dispatch: the seconds that each
+        took on the GPU, of all programs in their order.
+
+        A browser may round them to 0.1 milliseconds. Raises DeviceError where the adapter lacks "timestamp-query",
+        and for more than 2048 dispatches.
+        """
+        count = sum(len(program.dispatches) for program in programs)
+        if "timestamp-query" not in self.features:
+            raise DeviceError(f"{self.info} has no timestamp-query, so kernels cannot be timed on it")
+        if not 0 < count <= MOST_PROFILED:
+            raise DeviceError(f"{count:,} dispatches cannot be timed at once; 1 to {MOST_PROFILED:,} can")
+        nanoseconds = await self._timestamps(programs, count)
+        # WebGPU allows an end that is before its beginning.
+        return np.maximum(nanoseconds[1::2] - nanoseconds[::2], 0) * 1e-9
+
+    @abc.abstractmethod
+    def _timestamps(self, programs: Sequence[Program], count: int) -> Awaitable[NDArray[np.float64]]:
+        """Run the programs; nanoseconds before and after each of their `count` dispatches."""
 
     @abc.abstractmethod
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -46,5 +46,8 @@ class Ledger(Device):
     ) -> Awaitable[NDArray[np.uint8]]:
         self._refuse()
 
+    def _timestamps(self, programs: Sequence[Program], count: int) -> Awaitable[NDArray[np.float64]]:
+        self._refuse()
+
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         self._refuse()

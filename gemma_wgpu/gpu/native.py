@@ -88,7 +88,7 @@ class _NativeProgram(Program):
     def __init__(self, device: NativeDevice, dispatches: Sequence[Dispatch], groups: list[Any]) -> None:
         self.dispatches = tuple(dispatches)
         self._device = device
-        self._groups = groups
+        self.groups = groups
         self._buffers = {buffer for dispatch in dispatches for buffer in dispatch.bindings}
         self._freed = device.freed
         self.calls = [
@@ -212,6 +212,39 @@ class NativeDevice(Device):
             source, staging = buffer.handle, self._stage(size)
             submission = self._run(after, source._internal, offset, staging._internal, 0, size)
             return _Mapped(self, staging, size, submission)
+
+    async def _timestamps(self, programs: Sequence[Program], count: int) -> NDArray[np.float64]:
+        with _as_device_error("timing kernels"):
+            queries = self._device.create_query_set(type="timestamp", count=2 * count)
+            # Not one of `buffer`, whose usage does not go with this one everywhere.
+            usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
+            resolved = self._device.create_buffer(size=16 * count, usage=usage, label="timestamps")
+            encoder = self._device.create_command_encoder()
+            at = 0
+            for program in programs:
+                program.check()  # type: ignore[attr-defined]
+                for dispatch, group in zip(program.dispatches, program.groups, strict=True):  # type: ignore[attr-defined]
+                    compute = encoder.begin_compute_pass(
+                        timestamp_writes={
+                            "query_set": queries,
+                            "beginning_of_pass_write_index": at,
+                            "end_of_pass_write_index": at + 1,
+                        }
+                    )
+                    compute.set_pipeline(dispatch.pipeline.handle)
+                    compute.set_bind_group(0, group)
+                    compute.dispatch_workgroups(*dispatch.workgroups)
+                    compute.end()
+                    at += 2
+            encoder.resolve_query_set(queries, 0, 2 * count, resolved, 0)
+            self._device.queue.submit([encoder.finish()])
+            # wgpu-native gives what the GPU counts, not nanoseconds.
+            period = lib.wgpuQueueGetTimestampPeriod(self._device.queue._internal)
+        ticks = (await self.read(Buffer(self, resolved, 16 * count, "timestamps"))).view(np.uint64)
+        resolved.destroy()
+        queries.destroy()
+        nanoseconds: NDArray[np.float64] = (ticks - ticks.min()).astype(np.float64) * period
+        return nanoseconds
 
     def _run(self, programs: Sequence[Program], *copy: Any) -> int:
         """Submit programs, then a copy if there is one; wgpu-native's index of the submission.

@@ -24,6 +24,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) { numbers[id.x] += AMOUNT;
 SOURCES = {
     "add": ADD,
     "append": ADD.replace("+= AMOUNT", "= numbers[id.x] * 10 + AMOUNT"),  # a digit
+    "slow": ADD.replace("numbers[id.x] += AMOUNT", "for (var i = 0u; i < AMOUNT; i++) { numbers[0] += i; }"),
     "broken": "fn main( {",
     "wrong": ADD.replace("+= AMOUNT", "= 1.5"),
 }
@@ -175,6 +176,18 @@ async def a_buffer_over_the_limit_is_refused_by_name(device: Device) -> None:
     assert device.allocated == 0
 
 
+async def profiling_runs_the_programs_and_times_each_dispatch(device: Device) -> None:
+    buffer = device.buffer(16, "row")
+    slow = Dispatch(device.pipeline("slow", {"AMOUNT": 5_000_000}), (device.buffer(16, "scratch"),), (1, 1, 1))
+    one = device.record([adding(device, buffer, 1, 4), slow])
+    two = device.record([adding(device, buffer, 10)])
+    seconds = await device.profile([one, two])
+    assert await words(device, buffer) == [11, 1, 1, 1]
+    assert seconds.shape == (3,)
+    assert seconds[1] > max(seconds[0], seconds[2], 0.001), seconds
+    assert seconds[1] < 60, seconds
+
+
 async def use_after_close_is_an_error(device: Device) -> None:
     buffer = device.buffer(16, "row")
     program = device.record([adding(device, buffer, 1)])
@@ -256,6 +269,7 @@ CHECKS = [
     a_failure_that_nobody_awaits_does_no_harm,
     a_freed_buffer_is_an_error_by_name,
     a_buffer_over_the_limit_is_refused_by_name,
+    profiling_runs_the_programs_and_times_each_dispatch,
     use_after_close_is_an_error,
     a_lost_device_is_an_error,
     a_device_lost_before_a_read_is_an_error,

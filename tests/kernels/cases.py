@@ -18,6 +18,7 @@ from tests.kernels import (
     norm_matvec,
     qk_norm_rope,
     quantize,
+    read,
     rms_norm,
     sample,
 )
@@ -38,6 +39,7 @@ KERNELS: dict[str, ModuleType] = {
         norm_matvec,
         qk_norm_rope,
         quantize,
+        read,
         rms_norm,
         sample,
     )
