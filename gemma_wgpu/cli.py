@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,8 +16,11 @@ import click
 from tqdm import tqdm
 
 import gemma_wgpu
+from gemma_wgpu import tables
+from gemma_wgpu.bench import Load, Report, Shape, check_context, evict, model_hash
+from gemma_wgpu.bench import bench as run_bench
 from gemma_wgpu.conversation import Conversation
-from gemma_wgpu.errors import DeviceError, GemmaError
+from gemma_wgpu.errors import DeviceError, GemmaError, RequestError
 from gemma_wgpu.evaluate import evaluate as evaluate_text
 from gemma_wgpu.gemma import ACTIVATIONS, PRECISIONS, checked_context_length
 from gemma_wgpu.generate import Generation
@@ -24,6 +28,7 @@ from gemma_wgpu.gpu.native import native_adapters
 from gemma_wgpu.hub import find
 from gemma_wgpu.kernels import usual_tuning
 from gemma_wgpu.model import expected_bytes
+from gemma_wgpu.peers import PEERS
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.tuning import chosen
 from gemma_wgpu.weights.checkpoint import open_checkpoint
@@ -349,6 +354,95 @@ def evaluate(
             rows["divergence"] = f"{result.divergence:.3g} ± {result.divergence_error:.1g} nats a token"
             rows["same top token"] = f"{result.agreement:.2%}"
         _table(repr(judged) + (f" against {other!r}" if other else ""), rows)
+
+
+@main.command()
+@click.argument("model", default="demo")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="SHAPE",
+    help="pp512 (prefill), tg128 (decode), pp512+tg128, or litert, which is pp1024+tg256. May be repeated.  "
+    "[default: pp512 and tg128]",
+)
+@click.option("--prefill", type=int, default=0, help="A shape of your own: tokens of the prompt.")
+@click.option("--decode", type=int, default=0, help="A shape of your own: tokens after it.")
+@click.option("--depth", default="0", show_default=True, help="Tokens in the cache before: 0,1k,4k,16k.")
+@click.option(
+    "--repetitions", "-r", type=int, default=5, show_default=True, help="Runs of each, after one to warm up."
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["md", "csv", "json"]),
+    default="md",
+    show_default=True,
+    help="Of the output; json has every run.",
+)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
+@click.option("--peer", "peers", multiple=True, help=f"Measure another engine in turn: {', '.join(PEERS)}.")
+@click.option("--peer-model", type=click.Path(exists=True, path_type=Path), help="Its model.  [default: MODEL]")
+@click.option("--threads", type=int, help="Of the CPU, for the peers.  [default: as they choose]")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw speed over depth and length.")
+def bench(
+    model: str,
+    shapes: tuple[str, ...],
+    prefill: int,
+    decode: int,
+    depth: str,
+    repetitions: int,
+    form: str,
+    precision: str,
+    peers: tuple[str, ...],
+    peer_model: Path | None,
+    threads: int | None,
+    plot: Path | None,
+) -> None:
+    """Measure how fast MODEL is, and where the time goes. benchmarks/README.md says how to read it."""
+    chosen = [Shape.parse(shape) for shape in shapes] + ([Shape(prefill, decode)] if prefill or decode else [])
+    chosen = chosen or [Shape.parse("pp512"), Shape.parse("tg128")]
+    at = [replace(shape, depth=tokens) for tokens in _parse_depths(depth) for shape in chosen]
+    for peer in peers:
+        if peer not in PEERS:
+            raise RequestError(f"there is no peer {peer!r}; choose from {', '.join(PEERS)}")
+    if plot:
+        tables.pyplot()
+    with _bytes_bar(f"Loading {model}") as bar:
+        path = find(model, _moving(bar))
+    with open_checkpoint(path) as checkpoint:
+        files, config = checkpoint.files, checkpoint.config
+    check_context(at, config.max_position_embeddings)
+    context = max(*(shape.context for shape in at), checked_context_length(None, config))
+    evict(files)
+    seconds = []
+    for last in (False, True):
+        started = time.perf_counter()
+        gemma = gemma_wgpu.load(path, precision=precision, context_length=context)
+        seconds.append(time.perf_counter() - started)
+        if not last:
+            gemma.close()
+    with gemma, ExitStack() as stack:
+        engines = [stack.enter_context(closing(PEERS[peer](peer_model or path, context, threads))) for peer in peers]
+        with tqdm(desc="Measuring", unit=" runs", leave=False, disable=None) as bar:
+            report = gemma.device.wait(
+                run_bench(gemma, at, repetitions=repetitions, peers=engines, progress=_moving(bar))
+            )
+    report = replace(report, load=Load(*seconds), sha256=model_hash(files))
+    click.echo(_FORMATS[form](report), nl=False)
+    if plot:
+        tables.plot(report, plot)
+
+
+_FORMATS: dict[str, Callable[[Report], str]] = {"md": tables.markdown, "csv": tables.to_csv, "json": Report.to_json}
+
+
+def _parse_depths(text: str) -> list[int]:
+    """Whole numbers, 1k being 1024."""
+    found = [re.fullmatch(r"(\d+)(k?)", part.strip().lower()) for part in text.split(",")]
+    if not all(found):
+        raise click.BadParameter(f"{text!r} is not a list of depths such as 0,1k,4k,16k", param_hint="--depth")
+    return [int(match[1]) << 10 * len(match[2]) for match in found if match]
 
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}

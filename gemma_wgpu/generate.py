@@ -146,8 +146,7 @@ class Generation:
         stats = self.stats
         stream = self._tokenizer.stream(control=False)
         try:
-            async for token in self._tokens():
-                stats.new_tokens += 1
+            async for token in self.tokens():
                 if token in self._tokenizer.eos_ids:
                     stats.finish_reason = "eos"
                     break
@@ -176,8 +175,11 @@ class Generation:
     def _limit(self) -> str:
         return "length" if self.stats.new_tokens == self._max_new_tokens else "context"
 
-    async def _tokens(self) -> AsyncIterator[int]:
-        """The tokens as they come from the GPU, which is always some steps ahead of the host."""
+    async def tokens(self) -> AsyncIterator[int]:
+        """Instead of the Pieces, the tokens as they come from the GPU, whatever they say: past the text's end too.
+
+        The GPU is always some steps ahead of the host.
+        """
         model, stats, length = self._model, self.stats, len(self._prompt)
         most = min(self._max_new_tokens, model.context_length - length + 1)
         started = time.perf_counter()
@@ -202,5 +204,6 @@ class Generation:
                 raise DeviceError(f"{model.device.info} computed logits that are no numbers; try precision='f32'")
             model.check(turn)
             model.sequence.ids.append(token)
+            stats.new_tokens += 1
             yield token
             model.check(turn)

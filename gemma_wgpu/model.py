@@ -479,19 +479,32 @@ class Model:
 
     def _prefill_one(self, position: int, count: int) -> None:
         """Tokens [position, position + count) of the sequence, at most `prefill_chunk`, through the layers."""
+        self.device.submit([self.chunk_program(position, count)])
+
+    def chunk_program(self, position: int, count: int) -> Program:
+        """What is to be submitted next, for tokens [position, position + count) to go through the layers."""
         self._set_state(position, count)
-        self.device.submit([self._decode_program if count == 1 else self._prefill_program(count)])
         self.sequence.advance(position + count)
+        return self._decode_program if count == 1 else self._prefill_program(count)
 
     def sample(self, position: int) -> Awaitable[NDArray[np.uint8]]:
         """Choose the token after those of the last step, which is that at `position`: its id is in the 4 bytes."""
-        return self.device.read(self.tokens, 4 * position, 4, after=[self._head_program, self._sample_program])
+        return self.device.read(self.tokens, 4 * position, 4, after=self.sample_programs)
 
     def decode(self, position: int) -> Awaitable[NDArray[np.uint8]]:
         """The last token through the layers, and `sample`."""
         self.sequence.advance(position)
-        programs = [self._decode_program, self._head_program, self._sample_program]
-        return self.device.read(self.tokens, 4 * position, 4, after=programs)
+        return self.device.read(self.tokens, 4 * position, 4, after=self.decode_programs)
+
+    @property
+    def sample_programs(self) -> list[Program]:
+        """What `sample` submits."""
+        return [self._head_program, self._sample_program]
+
+    @property
+    def decode_programs(self) -> list[Program]:
+        """What `decode` submits."""
+        return [self._decode_program, *self.sample_programs]
 
     async def prompt_logits(self, first: int) -> AsyncIterator[NDArray[np.float32]]:
         """Prefill the sequence; the logits after its tokens from `first` on, some rows (n, vocab_size) at a time."""
@@ -543,8 +556,7 @@ class Model:
     @property
     def decode_dispatches(self) -> int:
         """Dispatches a token, at decode."""
-        programs = self._decode_program, self._head_program, self._sample_program
-        return sum(len(program.dispatches) for program in programs)
+        return sum(len(program.dispatches) for program in self.decode_programs)
 
     def _set_state(self, position: int, count: int, first: int = 0) -> None:
         self.device.write(self.state, np.array([position, count, first, 0], np.uint32))
