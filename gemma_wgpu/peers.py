@@ -54,7 +54,13 @@ class LlamaCpp(_Stepped):
         self._api: Any = llama_cpp
         with _loading(self.name, path):
             self._llama: Any = llama_cpp.Llama(
-                str(path), n_ctx=context, n_gpu_layers=-1, n_threads=threads, n_threads_batch=threads, verbose=False
+                str(path),
+                n_ctx=context,
+                n_gpu_layers=-1,
+                n_threads=threads,
+                n_threads_batch=threads,
+                swa_full=False,  # as llama-bench has it: windows keep no more than they see
+                verbose=False,
             )
         self._memory = llama_cpp.llama_get_memory(self._llama.ctx)
 
@@ -110,7 +116,7 @@ class Transformers(Engine):
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
         self._model: Any = model.to(device).eval()
         self._cache: Any = transformers.StaticCache(config=model.config, max_cache_len=context)
-        self._greedy: Any = transformers.GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+        self._options: Any = transformers.GenerationConfig
         self._ids: list[int] = []
 
     async def fill(self, ids: Sequence[int]) -> None:
@@ -129,14 +135,9 @@ class Transformers(Engine):
         """As Engine says."""
         cached, clock = self._cached(), _Clock()
         prompt = self._tensor([*self._ids, *ids])
+        greedy = self._options(max_new_tokens=decode + 1, do_sample=False, eos_token_id=None, pad_token_id=0)
         started = time.perf_counter()
-        self._model.generate(
-            prompt,
-            generation_config=self._greedy,
-            past_key_values=self._cache,
-            max_new_tokens=decode + 1,
-            streamer=clock,
-        )
+        self._model.generate(prompt, generation_config=greedy, past_key_values=self._cache, streamer=clock)
         return Run(cached, clock.times[0] - started, clock.times[-1] - clock.times[0], clock.ids)
 
     def _tensor(self, ids: Sequence[int]) -> Any:
