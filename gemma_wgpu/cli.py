@@ -413,7 +413,8 @@ def bench(
     with open_checkpoint(path) as checkpoint:
         files, config = checkpoint.files, checkpoint.config
     check_context(at, config.max_position_embeddings)
-    context = max(*(shape.context for shape in at), checked_context_length(None, config))
+    longest = max(shape.context for shape in at)
+    context = max(longest, checked_context_length(None, config))
     evict(files)
     seconds = []
     for last in (False, True):
@@ -423,7 +424,9 @@ def bench(
         if not last:
             gemma.close()
     with gemma, ExitStack() as stack:
-        engines = [stack.enter_context(closing(PEERS[peer](peer_model or path, context, threads))) for peer in peers]
+        engines = [
+            stack.enter_context(closing(PEERS[peer](peer_model or path, longest + 1, threads))) for peer in peers
+        ]
         with tqdm(desc="Measuring", unit=" runs", leave=False, disable=None) as bar:
             report = gemma.device.wait(
                 run_bench(gemma, at, repetitions=repetitions, peers=engines, progress=_moving(bar))

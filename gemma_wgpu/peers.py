@@ -185,13 +185,14 @@ class OnnxRuntime(_Stepped):
         self._api: Any = onnxruntime_genai
         with _loading(self.name, path):
             self._model: Any = onnxruntime_genai.Model(str(path))
-        self._options = {"do_sample": False, "max_length": context + 1, "min_length": context + 1}  # past the end
+        self._generator: Any = None
+        self._options = {"do_sample": False, "max_length": context, "min_length": context}  # past the end
 
     async def fill(self, ids: Sequence[int]) -> None:
         """As Engine says."""
         parameters = self._api.GeneratorParams(self._model)
         parameters.set_search_options(**self._options)
-        self._generator: Any = self._api.Generator(self._model, parameters)
+        self._generator = self._api.Generator(self._model, parameters)
         if ids:
             self._generator.append_tokens(np.array(ids, np.int32))
 
