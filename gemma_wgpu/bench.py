@@ -254,14 +254,14 @@ class Result:
 
 @dataclass(frozen=True)
 class HostTime:
-    """Seconds that the host takes to put one decode step on an idle queue, medians.
+    """Seconds that the host takes to put one decode step on an idle queue.
 
     - alone: of a step whose dispatches have no workgroups: what the host itself costs.
     - beside_shaders: of a real step. It is more where the adapter is the CPU, whose caches the shaders fill.
     """
 
-    alone: float
-    beside_shaders: float
+    alone: Figure
+    beside_shaders: Figure
 
 
 @dataclass(frozen=True)
@@ -444,7 +444,7 @@ async def _host_time(model: Model, tokenizer: Tokenizer) -> HostTime:
         beside.append(time.perf_counter() - started)
         await reading
     model.sequence.forget()
-    return HostTime(statistics.median(alone), statistics.median(beside))
+    return HostTime(Figure.of(alone), Figure.of(beside))
 
 
 def evict(files: Iterable[Path]) -> None:

@@ -56,15 +56,15 @@ def _speeds(report: Report) -> list[list[str]]:
                 continue
             row = [result.engine, f"{result.shape}, {phase}", str(speed), "", "", ""]
             if phase == "prefill":
-                row[3] = _milliseconds(result.first_token)
+                row[3] = f"{_scaled(result.first_token, 1000)} ms"
             elif rate := result.decode_bandwidth:
                 row[4:] = [f"{rate / 1e9:.1f}", f"{rate / report.bandwidth:.0%}"]
             rows.append(row)
     return rows
 
 
-def _milliseconds(seconds: Figure) -> str:
-    return f"{Figure(*(1000 * value for value in (seconds.median, seconds.smallest, seconds.largest)))} ms"
+def _scaled(figure: Figure, factor: float) -> Figure:
+    return Figure(*(factor * value for value in astuple(figure)))
 
 
 def _ratios(report: Report) -> Iterator[list[str]]:
@@ -87,8 +87,8 @@ def _facts(report: Report) -> list[list[str]]:
         "on the GPU": f"{sum(report.gpu_bytes.values()) / 1e6:,.1f} MB: {sizes}",
         "context": f"{report.context_length} tokens",
         "bandwidth": f"{report.bandwidth / 1e9:.1f} GB/s, reading",
-        "a token at decode": f"{report.dispatches_per_token} dispatches; the host takes {host.alone * 1e6:.0f} µs "
-        f"alone, {host.beside_shaders * 1e6:.0f} µs beside the shaders",
+        "a token at decode": f"{report.dispatches_per_token} dispatches, for which the host takes "
+        f"{_scaled(host.alone, 1e6)} µs alone, {_scaled(host.beside_shaders, 1e6)} µs beside the shaders",
         "first run": f"{report.results[0].warm_up.prefill_seconds:.2f} s until the first token, shaders compiled",
     }
     if report.load:

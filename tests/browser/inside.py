@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import gemma_wgpu
+from gemma_wgpu.bench import Shape, bench
 from gemma_wgpu.gpu import open_device
 from gemma_wgpu.gpu.device import Device
 from tests.kernels.cases import KERNELS
@@ -85,6 +86,13 @@ async def generate_blocking(url: str, prompt: list[int], options: list[dict[str,
             assert "".join(pieces) == generation.text
             ids.append(generation.ids)
     return json.dumps(ids)
+
+
+async def benchmark(url: str, shapes: list[dict[str, int]]) -> str:
+    """A Report, as JSON."""
+    with await gemma_wgpu.load_async(url) as gemma:
+        report = await bench(gemma, [Shape(**shape) for shape in shapes], repetitions=1)
+    return report.to_json()
 
 
 async def generate_demo(url: str, prompt: str, tokens: int) -> str:
