@@ -382,7 +382,7 @@ def evaluate(
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
 @click.option("--peer", "peers", multiple=True, help=f"Measure another engine in turn: {', '.join(PEERS)}.")
-@click.option("--peer-model", type=click.Path(exists=True, path_type=Path), help="Its model.  [default: MODEL]")
+@click.option("--peer-model", help="What it is to run.  [default: MODEL]")
 @click.option("--threads", type=int, help="Of the CPU, for the peers.  [default: as they choose]")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw speed over depth and length.")
 def bench(
@@ -395,7 +395,7 @@ def bench(
     form: str,
     precision: str,
     peers: tuple[str, ...],
-    peer_model: Path | None,
+    peer_model: str | None,
     threads: int | None,
     plot: Path | None,
 ) -> None:
@@ -410,6 +410,7 @@ def bench(
         tables.pyplot()
     with _bytes_bar(f"Loading {model}") as bar:
         path = find(model, _moving(bar))
+        peer_path = find(peer_model, _moving(bar)) if peer_model else path
     with open_checkpoint(path) as checkpoint:
         files, config = checkpoint.files, checkpoint.config
     check_context(at, config.max_position_embeddings)
@@ -424,9 +425,7 @@ def bench(
         if not last:
             gemma.close()
     with gemma, ExitStack() as stack:
-        engines = [
-            stack.enter_context(closing(PEERS[peer](peer_model or path, longest + 1, threads))) for peer in peers
-        ]
+        engines = [stack.enter_context(closing(PEERS[peer](peer_path, longest + 1, threads))) for peer in peers]
         with tqdm(desc="Measuring", unit=" runs", leave=False, disable=None) as bar:
             report = gemma.device.wait(
                 run_bench(gemma, at, repetitions=repetitions, peers=engines, progress=_moving(bar))

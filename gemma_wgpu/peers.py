@@ -17,6 +17,7 @@ import numpy as np
 
 from gemma_wgpu.bench import Engine, Run
 from gemma_wgpu.errors import RequestError
+from gemma_wgpu.weights.manifest import MANIFEST
 
 
 class _Stepped(Engine):
@@ -46,10 +47,10 @@ class LlamaCpp(_Stepped):
     name = "llama.cpp"
 
     def __init__(self, path: Path, context: int, threads: int | None) -> None:
-        with _package("llama-cpp-python"):
-            import llama_cpp
         if path.suffix != ".gguf":
             raise RequestError(f"{path}: llama.cpp reads .gguf files; name one with --peer-model")
+        with _package("llama-cpp-python"):
+            import llama_cpp
         self.versions = {"llama-cpp-python": version("llama-cpp-python")}
         self._api: Any = llama_cpp
         with _loading(self.name, path):
@@ -102,6 +103,11 @@ class Transformers(Engine):
     name = "transformers"
 
     def __init__(self, path: Path, context: int, threads: int | None) -> None:
+        if (path / MANIFEST).exists():  # in which transformers would find no weights, and take random ones
+            raise RequestError(
+                f"{path}: transformers reads Hugging Face folders and .gguf files, not our model folders; name one "
+                "with --peer-model"
+            )
         with _package("torch"):
             import torch
         with _package("transformers"):
@@ -174,13 +180,13 @@ class OnnxRuntime(_Stepped):
     name = "onnxruntime"
 
     def __init__(self, path: Path, context: int, threads: int | None) -> None:
-        with _package("onnxruntime-genai"):
-            import onnxruntime_genai
         if not (path / "genai_config.json").is_file():
             raise RequestError(
                 f"{path}: onnxruntime reads a folder of its model builder, with a genai_config.json; name one with "
                 "--peer-model"
             )
+        with _package("onnxruntime-genai"):
+            import onnxruntime_genai
         self.versions = {"onnxruntime-genai": version("onnxruntime-genai")}
         self._api: Any = onnxruntime_genai
         with _loading(self.name, path):

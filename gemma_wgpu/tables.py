@@ -6,9 +6,11 @@ import csv
 import io
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gemma_wgpu.bench import OURS, Figure, Kernel, Report, Result
 from gemma_wgpu.errors import RequestError
@@ -138,29 +140,30 @@ def pyplot() -> Any:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw decode speed over the depth, and prefill speed over the length of the prompt, into a file.
+    """Draw into a file the speed of decode over the depth, that of prefill over the length of the prompt, and the
+    GPU's time for a layer's attention at decode over the depth, where it is known.
 
     Raises RequestError where matplotlib is not installed or the file cannot be written.
     """
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    colours = dict(zip(dict.fromkeys(result.engine for result in report.results), plt.cm.tab10.colors, strict=False))
-    for axis, lines, title, x in (
-        (axes[0], _decode_lines(report), "Decode", "tokens in the cache"),
-        (axes[1], _prefill_lines(report), "Prefill", "tokens of the prompt"),
-    ):
-        for (engine, label), points in lines.items():
-            xs, speeds = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-            medians = [speed.median for speed in speeds]
-            spread = [[s.median - s.smallest for s in speeds], [s.largest - s.median for s in speeds]]
-            style = {"fmt": "o-", "capsize": 3, "markersize": 4, "linewidth": 1.6}
-            axis.errorbar(xs, medians, spread, label=label, color=colours[engine], **style)
-        axis.set(title=title, xlabel=x, ylabel="tokens a second")
+    panels = [
+        ("Decode", "tokens in the cache", "tokens a second", _decode_lines(report)),
+        ("Prefill", "tokens of the prompt", "tokens a second", _prefill_lines(report)),
+        ("Attention at decode", "tokens in the cache", "µs of the GPU, a layer", _attention_lines(report)),
+    ]
+    drawn = [panel for panel in panels if panel[-1]]
+    figure, axes = plt.subplots(1, len(drawn), figsize=(5.2 * len(drawn), 4.4), layout="constrained", squeeze=False)
+    for axis, (title, x, y, lines) in zip(axes[0], drawn, strict=True):
+        for label, points in lines.items():
+            xs, figures = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            medians, smallest, largest = np.transpose([astuple(figure) for figure in figures])
+            spread = medians - smallest, largest - medians
+            axis.errorbar(xs, medians, spread, fmt="o-", capsize=3, markersize=4, linewidth=1.6, label=label)
+        axis.set(title=title, xlabel=x, ylabel=y)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        if lines:
-            axis.legend(frameon=False)
+        axis.legend(frameon=False)
     figure.suptitle(f"{report.model} {report.quantization}, {report.precision}, on {report.adapter}", fontsize=10)
     try:
         figure.savefig(path, dpi=150)
@@ -170,22 +173,33 @@ def plot(report: Report, path: Path) -> None:
         plt.close(figure)
 
 
-_Lines = dict[tuple[str, str], list[tuple[int, Figure]]]
+_Lines = dict[str, list[tuple[int, Figure]]]
 
 
 def _decode_lines(report: Report) -> _Lines:
     lines: _Lines = defaultdict(list)
     for result in report.results:
         if result.decode:
-            shape = result.shape
-            label = f"{result.engine}, {shape.decode} tokens" + (f" after {shape.prefill}" * bool(shape.prefill))
-            lines[result.engine, label].append((shape.depth + shape.prefill, result.decode))
+            shape = replace(result.shape, depth=0)
+            lines[f"{result.engine}, {shape}"].append((result.shape.depth + shape.prefill, result.decode))
     return lines
 
 
 def _prefill_lines(report: Report) -> _Lines:
     lines: _Lines = defaultdict(list)
     for result in report.results:
-        if result.prefill and not result.shape.depth:
-            lines[result.engine, result.engine].append((result.shape.prefill, result.prefill))
+        if result.prefill:
+            depth = f" @ d{result.shape.depth}" if result.shape.depth else ""
+            lines[result.engine + depth].append((result.shape.prefill, result.prefill))
+    return lines
+
+
+def _attention_lines(report: Report) -> _Lines:
+    lines: _Lines = defaultdict(list)
+    for result in report.results:
+        for kernel in result.decode_kernels:
+            if kernel.shader.startswith("attention"):
+                label = f"{kernel.shader}, {kernel.dispatches} layers"
+                microseconds = Figure.of([kernel.seconds * 1e6 / kernel.dispatches])
+                lines[label].append((result.shape.depth + result.shape.prefill, microseconds))
     return lines

@@ -5,6 +5,7 @@ import builtins
 import csv
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from gemma_wgpu.bench import Engine, Report, Run, Shape, bench, model_hash, prom
 from gemma_wgpu.cli import main
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.gpu import open_device_sync
+from gemma_wgpu.peers import PEERS
 from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes, open_checkpoint
 from gemma_wgpu.weights.convert import convert
 from tests.tiny import HF, random_weights, reference_logits, write_folder
@@ -353,25 +355,42 @@ def test_what_the_command_refuses(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("option", "module", "package"),
+    ("peer", "readable", "module", "package"),
     [
-        (["--peer", "llama.cpp"], "llama_cpp", "pip install llama-cpp-python"),
-        (["--peer", "transformers"], "torch", "pip install torch"),
-        (["--peer", "onnxruntime"], "onnxruntime_genai", "pip install onnxruntime-genai"),
-        (["--plot", "x.png"], "matplotlib", "pip install 'gemma-wgpu[bench]'"),
+        ("llama.cpp", "model.gguf", "llama_cpp", "llama-cpp-python"),
+        ("transformers", "config.json", "torch", "torch"),
+        ("transformers", "config.json", "transformers", "transformers"),
+        ("onnxruntime", "genai_config.json", "onnxruntime_genai", "onnxruntime-genai"),
     ],
 )
-def test_packages_that_are_missing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, option: list[str], module: str, package: str
+def test_packages_of_peers_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peer: str, readable: str, module: str, package: str
 ) -> None:
-    def without(name: str, *arguments: Any, **options: Any) -> ModuleType:
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
         if name.partition(".")[0] == module:
             raise ImportError(f"No module named {name!r}")
-        return real(name, *arguments, **options)
+        return ModuleType(name) if name == "torch" else real(name, *arguments, **options)
 
+    path = tmp_path / readable
+    path.touch()
     real = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without)
-    refused(run(str(folder), "--shape", "pp4", *option), package)
+    with pytest.raises(RequestError, match=f"pip install {package} "):
+        PEERS[peer](path if path.suffix == ".gguf" else tmp_path, 16, None)
+
+
+def test_models_that_peers_do_not_read(folder: Path, tmp_path: Path) -> None:
+    refused(run(str(folder), "--shape", "pp4", "--peer", "llama.cpp"), str(folder), ".gguf", "--peer-model")
+    refused(run(str(folder), "--shape", "pp4", "--peer", "onnxruntime"), "genai_config.json", "--peer-model")
+    with open_checkpoint(folder) as checkpoint:
+        convert(checkpoint, tmp_path / "ours")
+    options = ["--shape", "pp4", "--peer", "transformers", "--peer-model", str(tmp_path / "ours")]
+    refused(run(str(folder), *options), str(tmp_path / "ours"), "Hugging Face folders")
+
+
+def test_a_plot_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(run(str(folder), "--shape", "pp4", "--plot", "x.png"), "pip install 'gemma-wgpu[bench]'")
 
 
 def test_bandwidth_within_an_odd_limit() -> None:
