@@ -283,6 +283,8 @@ class Report:
     model: str
     quantization: str
     precision: str
+    activations: str
+    tuning: str
     context_length: int
     gpu_bytes: dict[str, int]
     bandwidth: float
@@ -344,6 +346,8 @@ async def bench(
             model=gemma.name,
             quantization=gemma.quantization,
             precision=gemma.precision,
+            activations=gemma.activations,
+            tuning=str(model.tuning),
             context_length=gemma.context_length,
             gpu_bytes=gemma.gpu_bytes,
             bandwidth=await read_bandwidth(device),

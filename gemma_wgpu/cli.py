@@ -381,6 +381,7 @@ def evaluate(
     help="Of the output; json has every run.",
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
+@click.option("--activations", type=click.Choice(ACTIVATIONS), default="auto", show_default=True)
 @click.option("--peer", "peers", multiple=True, help=f"Measure another engine in turn: {', '.join(PEERS)}.")
 @click.option("--peer-model", help="What it is to run.  [default: MODEL]")
 @click.option("--threads", type=int, help="Of the CPU, for the peers.  [default: as they choose]")
@@ -394,6 +395,7 @@ def bench(
     repetitions: int,
     form: str,
     precision: str,
+    activations: str,
     peers: tuple[str, ...],
     peer_model: str | None,
     threads: int | None,
@@ -420,7 +422,7 @@ def bench(
     seconds = []
     for last in (False, True):
         started = time.perf_counter()
-        gemma = gemma_wgpu.load(path, precision=precision, context_length=context)
+        gemma = gemma_wgpu.load(path, precision=precision, activations=activations, context_length=context)
         seconds.append(time.perf_counter() - started)
         if not last:
             gemma.close()

@@ -497,6 +497,11 @@ class Model:
         return self.device.read(self.tokens, 4 * position, 4, after=self.decode_programs)
 
     @property
+    def tuning(self) -> Tuning:
+        """The variants of the kernels that are used."""
+        return self._kernels.tuning
+
+    @property
     def sample_programs(self) -> list[Program]:
         """What `sample` submits."""
         return [self._head_program, self._sample_program]

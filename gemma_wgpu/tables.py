@@ -25,7 +25,8 @@ _COLUMNS = [
 def markdown(report: Report) -> str:
     """Tables of speed, of the peers' beside ours, of what else was measured, and of the GPU's time by kernel."""
     parts = [
-        f"{report.model} {report.quantization}, {report.precision}, on {report.adapter}; {report.machine}; "
+        f"{report.model} {report.quantization}, {report.precision}, {report.activations} activations, on "
+        f"{report.adapter} with {report.tuning}; {report.machine}; "
         f"{', '.join(f'{name} {version}' for name, version in report.versions.items())}; {report.date}",
         _table(["engine", "test", "tokens/s", "first token", "GB/s", "of bandwidth"], _speeds(report)),
     ]

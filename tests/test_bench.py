@@ -23,6 +23,7 @@ from gemma_wgpu.cli import main
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.peers import PEERS
+from gemma_wgpu.tuning import candidates
 from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes, open_checkpoint
 from gemma_wgpu.weights.convert import convert
 from tests.tiny import HF, random_weights, reference_logits, write_folder
@@ -163,6 +164,8 @@ def test_what_else_is_measured(gemma: Gemma, report: Report) -> None:
         assert 0 < host.smallest <= host.median <= host.largest < 10
     assert (report.model, report.quantization, report.precision) == ("tiny", "f32", "f32")
     assert report.adapter == gemma.device.info
+    assert report.activations == gemma.activations
+    assert report.tuning in candidates(gemma.device)
 
 
 def test_the_model_can_be_used_afterwards(gemma: Gemma, report: Report) -> None:
@@ -180,7 +183,17 @@ def test_json_has_every_run(report: Report) -> None:
     content = json.loads(report.to_json())
     assert set(content) == {
         *("format", "date", "machine", "versions", "adapter", "model", "quantization", "precision", "sha256"),
-        *("context_length", "gpu_bytes", "bandwidth", "dispatches_per_token", "host", "load", "results"),
+        *(
+            "activations",
+            "tuning",
+            "context_length",
+            "gpu_bytes",
+            "bandwidth",
+            "dispatches_per_token",
+            "host",
+            "load",
+            "results",
+        ),
     }
     assert content["format"] == 1
     assert set(content["versions"]) == {"gemma-wgpu"}
