@@ -42,7 +42,6 @@ _FORMAT = 1
 _HOST_STEPS = 64  # of which the median is taken
 _PROFILED_STEPS = 8  # of decode, whose mean is taken
 _READ_BYTES = 256 << 20  # more than caches hold
-_READ_WORKGROUPS = 2048
 _READ_SECONDS = 0.05  # at least, so that the wait for the GPU does not count
 _SHAPE = re.compile(r"(?:pp(\d+))?\+?(?:tg(\d+))?")
 # Lewis Carroll, Alice's Adventures in Wonderland (1865), which has no copyright any more.
@@ -407,11 +406,12 @@ def _by_kernel(profiles: Iterable[tuple[list[Program], list[float]]], steps: int
 
 async def read_bandwidth(device: Device) -> float:
     """Bytes a second that the read kernel reaches at best on a buffer that no cache holds."""
-    unit = READ_STEP * _READ_WORKGROUPS
+    workgroups = 256 if device.info.type == "CPU" else 2048  # large shares, but enough of them for all threads
+    unit = READ_STEP * workgroups
     size = min(_READ_BYTES, device.limits.max_storage_buffer_binding_size, device.limits.max_buffer_size)
     words = device.buffer(size // unit * unit, "words to read")
     out = device.buffer(unit, "their sums")
-    program = device.record([Kernels(device, half=False).read(words, out, workgroups=_READ_WORKGROUPS)])
+    program = device.record([Kernels(device, half=False).read(words, out, workgroups=workgroups)])
     best, passes, elapsed = 0.0, 1, 0.0
     for _ in range(3):
         while True:
