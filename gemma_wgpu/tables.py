@@ -187,11 +187,14 @@ def _decode_lines(report: Report) -> _Lines:
 
 
 def _prefill_lines(report: Report) -> _Lines:
+    """At the smallest depth alone: all of them would be too many."""
+    depth = min(result.shape.depth for result in report.results)
     lines: _Lines = defaultdict(list)
     for result in report.results:
-        if result.prefill:
-            depth = f" @ d{result.shape.depth}" if result.shape.depth else ""
-            lines[result.engine + depth].append((result.shape.prefill, result.prefill))
+        if result.prefill and result.shape.depth == depth:
+            lines[f"{result.engine} @ d{depth}" if depth else result.engine].append(
+                (result.shape.prefill, result.prefill)
+            )
     return lines
 
 
