@@ -69,7 +69,7 @@ def _model_options(command: F) -> F:
         click.option(
             "--activations",
             type=click.Choice(ACTIVATIONS),
-            default="auto",
+            default="float",
             help="Of prompts, where the weights are of 4 or 8 bits.",
             show_default=True,
         ),
@@ -381,7 +381,7 @@ def evaluate(
     help="Of the output; json has every run.",
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
-@click.option("--activations", type=click.Choice(ACTIVATIONS), default="auto", show_default=True)
+@click.option("--activations", type=click.Choice(ACTIVATIONS), default="float", show_default=True)
 @click.option("--peer", "peers", multiple=True, help=f"Measure another engine in turn: {', '.join(PEERS)}.")
 @click.option("--peer-model", help="What it is to run.  [default: MODEL]")
 @click.option("--threads", type=int, help="Of the CPU, for the peers.  [default: as they choose]")

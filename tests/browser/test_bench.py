@@ -14,7 +14,7 @@ SHAPES = [Shape(40, 12), Shape(0, 8, 100)]
 
 
 def test_a_benchmark(chromium: Chromium, host: Host, small_model: Path) -> None:
-    with gemma_wgpu.load(small_model, precision="f32", activations="float") as gemma:
+    with gemma_wgpu.load(small_model, precision="f32") as gemma:
         native = gemma.device.wait(bench(gemma, SHAPES, repetitions=1))
     shapes = [vars(shape) for shape in SHAPES]
     code = f"from tests.browser.inside import benchmark; await benchmark({host.url!r}, {shapes!r})"
