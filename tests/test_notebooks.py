@@ -89,7 +89,8 @@ def test_an_interrupt(kernel: tuple[KernelManager, BlockingKernelClient], way: s
     manager.interrupt_kernel()
     reply = client.get_shell_msg(timeout=120)
     assert reply["content"]["status"] == "error"
-    assert run(client, "print(text.stats.finish_reason)") == ("interrupted\n", [])
+    # Not "length": the interrupt may also come between two pieces, and then says nothing to the generation.
+    assert run(client, "print(text.stats.finish_reason in ('interrupted', None))") == ("True\n", [])
     again = "for piece in gemma.generate('The sun rises in the', max_new_tokens=1, temperature=0): print(piece)"
     assert run(client, again) == (" east\n", [])
 
