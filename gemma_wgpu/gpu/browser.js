@@ -44,7 +44,10 @@ async (limits, features) => {
         const [mapped, ...reports] = await Promise.allSettled([arrival, ...failures]);
         const failure = reports.find((report) => report.value)?.value;
         if (failure) throw new Error(failure);
-        if (mapped.status === "rejected") throw mapped.reason;
+        if (mapped.status === "rejected") {
+            await Promise.race([device.lost, new Promise((resolve) => setTimeout(resolve, 1000))]); // it says so later
+            throw mapped.reason;
+        }
         const data = new Uint8Array(staging.getMappedRange(0, size)).slice();
         staging.unmap();
         if (staging.size === SMALL) spare.push(staging);

@@ -88,6 +88,23 @@ async def generate_blocking(url: str, prompt: list[int], options: list[dict[str,
     return json.dumps(ids)
 
 
+async def generate_after_a_loss(url: str, prompt: list[int], options: list[dict[str, Any]]) -> str:
+    """`generate`, after a device that is lost in the middle of a text."""
+    gemma = await gemma_wgpu.load_async(url)
+    generation = gemma.generate(prompt, temperature=0.0)
+    try:
+        async for _ in generation:
+            if len(generation.ids) == 5:
+                gemma.device._gpu.device.destroy()  # type: ignore[attr-defined]  # as a driver that is reset does
+    except gemma_wgpu.DeviceError as error:
+        assert str(error).endswith("was lost; load the model again"), error
+    else:
+        raise AssertionError("nothing was said of the loss")
+    assert 5 <= len(generation.ids) < 40
+    gemma.close()
+    return await generate(url, prompt, options)
+
+
 async def benchmark(url: str, shapes: list[dict[str, int]]) -> str:
     """A Report, as JSON."""
     with await gemma_wgpu.load_async(url) as gemma:

@@ -30,7 +30,7 @@ def native(small_model: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("where", ["page", "worker"])
-@pytest.mark.parametrize("function", ["generate", "generate_blocking"])
+@pytest.mark.parametrize("function", ["generate", "generate_blocking", "generate_after_a_loss"])
 def test_tokens_are_the_native_ones(
     chromium: Chromium, host: Host, native: list[list[int]], function: str, where: str
 ) -> None:
