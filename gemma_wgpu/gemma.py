@@ -352,7 +352,7 @@ async def _load(
                 await model.load(weights, advance)
             except DeviceError as error:
                 needed = f"{weights.name} has {total / 1e6:,.0f} MB of weights to hold on the GPU"
-                raise DeviceError(f"{error} ({needed})") from error
+                raise DeviceError(f"{str(error).rstrip('.')} ({needed})") from error
             return Gemma(weights.name, weights.quantization, model, tokenizer)
     except BaseException:
         device.close()

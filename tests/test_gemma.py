@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -349,6 +350,20 @@ def test_f16_of_a_gpu_without_it(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(raised.value)
     with load(folder, precision="auto") as gemma:
         assert gemma.precision == "f32"
+
+
+def test_a_gpu_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small() -> Device:
+        device = open_device_sync()
+        device.limits = replace(device.limits, max_storage_buffer_binding_size=10_000)
+        return device
+
+    monkeypatch.setattr(gemma_wgpu.gemma, "open_device_sync", small)
+    with pytest.raises(
+        DeviceError, match=r"binds at most 10,000\..* model \(tiny has 1 MB of weights to hold on the GPU\)$"
+    ) as raised:
+        load(folder)
+    assert raised.value._render_traceback_() == [f"DeviceError: {raised.value}"]
 
 
 def test_a_device_is_closed_when_loading_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
