@@ -347,6 +347,7 @@ async def _load(
                     progress(arrived, total)
 
             tokenizer = weights.tokenizer()
+            model.drawable = min(tokenizer.vocab_size, weights.config.vocab_size)
             try:
                 model.allocate()
                 await model.load(weights, advance)

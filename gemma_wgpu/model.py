@@ -80,6 +80,7 @@ class Model:
         self.int8 = int8
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
+        self.drawable = config.vocab_size  # ids below it can be drawn; a tokenizer may have no text for those above
         self._kernels = Kernels(device, half=half, tuning=tuning)
         window = min(config.sliding_window, context_length)
         self.sequence = Sequence(window, self._capacity(window))
@@ -429,7 +430,7 @@ class Model:
     @cached_property
     def _sample_program(self) -> Program:
         """The next token out of the logits, appended to the sequence."""
-        k, vocab = self._kernels, self.config.vocab_size
+        k, vocab = self._kernels, self.drawable
         return self.device.record(
             [
                 k.logits_scan(self.state, self.sampling, self.seen, self.logits, self.summaries, vocab=vocab),

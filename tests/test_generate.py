@@ -14,6 +14,7 @@ import pytest
 
 from gemma_wgpu import Gemma, Generation, Piece, RequestError, load
 from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.weights.checkpoint import EMBEDDING
 from tests.tiny import BOS, END_OF_TURN, EOS, HF, PIECES, random_weights, scripted_weights, token, write_folder
 
 CONTEXT = 128
@@ -316,6 +317,17 @@ def test_steps_past_the_end_leave_nothing_behind(scripted: Gemma, monkeypatch: p
     for _ in islice(scripted.generate([LOOP[0]], temperature=0), 2):
         pass
     assert tell(scripted, STORY[:1]).text == " cat sat on a mat"
+
+
+def test_tokens_without_a_text_are_never_drawn(tmp_path: Path) -> None:
+    """Multimodal checkpoints have more rows in their embedding than the tokenizer has tokens."""
+    hf = HF | {"vocab_size": len(PIECES) + 32}
+    weights = random_weights(Gemma3Config.from_hf(hf))
+    weights[EMBEDDING][len(PIECES) :] *= 50
+    with load(write_folder(tmp_path / "wide", hf, weights), precision="f32") as gemma:
+        assert gemma.logits(prompt(5), last=1).argmax() >= len(PIECES)
+        for options in SAMPLINGS:
+            assert max(tell(gemma, prompt(5), max_new_tokens=20, **options).ids) < len(PIECES)
 
 
 def test_a_loop_that_is_left_early(random: Gemma) -> None:
