@@ -139,8 +139,8 @@ def test_inside(opened: Callable[[str], Notebook]) -> None:
     notebook.run_all()
     assert notebook.output(1).startswith("['<bos>', 'My', ' favourite', ' colour', ' is']")
     assert notebook.page.locator(".jp-RenderedImage img").count() == 3
-    assert notebook.run("print(words[:3])") == "[\"' blue'\", \"' red'\", \"' the'\"]\n"
     notebook.screenshot("02_inside_gemma")
+    assert notebook.run("print(words[:3])") == "[\"' blue'\", \"' red'\", \"' the'\"]\n"
 
 
 def test_kernel(opened: Callable[[str], Notebook]) -> None:
