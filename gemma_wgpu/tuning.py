@@ -34,15 +34,15 @@ def candidates(gpu: Adapter | Device) -> dict[str, Tuning]:
 
 
 def chosen(gpu: Adapter | Device) -> Tuning | None:
-    """The tuning that the environment or an earlier measurement chose, None where there is neither.
+    """The tuning that the environment or an earlier measurement chose, or the only one; None where there is neither.
 
     Raises RequestError where the environment variable says nothing sensible.
     """
     allowed = candidates(gpu)
     asked = os.environ.get(_VARIABLE)
-    if asked is None:
+    if asked is None and len(allowed) > 1:
         return allowed.get(_read().get(_key(gpu), ""))
-    if asked == "off":
+    if asked is None or asked == "off":
         return usual_tuning(gpu.info, gpu.features)
     if asked not in allowed:
         choices = ", ".join(f"'{choice}'" for choice in allowed)

@@ -82,6 +82,11 @@ def test_the_environment_decides(device: Device, monkeypatch: pytest.MonkeyPatch
         chosen(device)
 
 
+def test_where_there_is_no_choice(device: Device, cache: Path) -> None:
+    plain = SimpleNamespace(info=replace(device.info, type="CPU"), features=frozenset())
+    assert chosen(plain) == Tuning(1, subgroups=False)  # type: ignore[arg-type]
+
+
 def test_kinds_of_gpus(device: Device) -> None:
     gpu = SimpleNamespace(info=replace(device.info, type="DiscreteGPU"), features=frozenset({"subgroups"}))
     assert list(candidates(gpu)) == ["lanes=16", "lanes=4", "lanes=8", "lanes=32"]  # type: ignore[arg-type]
