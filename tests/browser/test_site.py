@@ -28,6 +28,9 @@ class Notebook:
         self.page = page
         page.goto(address)
         page.locator(".jp-Cell").last.wait_for(timeout=STARTED)
+        # A cell that is run before would ask which kernel to take.
+        page.locator(".jp-Toolbar-kernelName", has_text="Python (Pyodide)").wait_for(timeout=STARTED)
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=STARTED)
 
     @property
     def cells(self) -> Locator:
