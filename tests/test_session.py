@@ -75,6 +75,13 @@ def test_after_any_history_the_logits_are_those_of_a_fresh_start(
         check(gemma, [*IDS[:common], *IDS[common + 3 : length - 2], 7])
 
 
+def test_attention_leaves_nothing_wrong_in_the_cache(folder: Path) -> None:
+    with load(folder, precision="f32", prefill_chunk=128) as gemma:
+        gemma.logits(IDS[:50], last=1)
+        gemma.attention(IDS[:110], 2)
+        check(gemma, IDS[:52])
+
+
 def test_logits_of_tokens_that_the_cache_holds(gemma: Gemma) -> None:
     gemma.reset()
     expected = reference_logits(CONFIG, WEIGHTS, IDS[:90])
