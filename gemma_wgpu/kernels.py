@@ -61,7 +61,9 @@ def usual_tuning(adapter: AdapterInfo, features: frozenset[str]) -> Tuning:
 class Kernels:
     """The shaders on one device in one precision, in the usual tuning or another.
 
-    `max_count` is the number of tokens that a program is made for.
+    `max_count` is the number of tokens that a program is made for, of one sequence. Or they are of as many
+    `sequences`, one of each; then `context` is the length of a sequence's row of tokens, and `stride` that of its row
+    of logits.
     """
 
     def __init__(self, device: Device, *, half: bool, tuning: Tuning | None = None) -> None:
@@ -98,12 +100,21 @@ class Kernels:
         return self._spread(ceil_div(rows, 2 * (_REDUCE // self.tuning.lanes)))
 
     def embed(
-        self, part: Part, state: Buffer, tokens: Buffer, residual: Buffer, *, scale: float, max_count: int
+        self,
+        part: Part,
+        state: Buffer,
+        tokens: Buffer,
+        residual: Buffer,
+        *,
+        scale: float,
+        max_count: int = 1,
+        sequences: int = 1,
+        context: int = 0,
     ) -> Dispatch:
         """Look up the tokens whose embeddings lie in `part`."""
-        constants = _weights(part) | {"SCALE": scale}
+        constants = _weights(part) | {"SCALE": scale, "CONTEXT": context}
         bindings = (part.quants, part.scales, state, tokens, residual)
-        return self._dispatch("embed", constants, bindings, ceil_div(part.cols // 32, 32), max_count)
+        return self._dispatch("embed", constants, bindings, ceil_div(part.cols // 32, 32), max_count, sequences)
 
     def rms_norm(
         self,
@@ -156,15 +167,35 @@ class Kernels:
         bindings = (part.quants, part.scales, state, residual, previous, norms, new_residual, y)
         return self._dispatch("norm_matvec", constants, bindings, *self._spread(ceil_div(workgroups, rounds)))
 
+    def matvecs(self, part: Part, state: Buffer, x: Buffer, y: Buffer, *, stride: int, max_count: int) -> Dispatch:
+        """A part of a matrix times a few float32 vectors; `stride` is the length of a row of `y`."""
+        if self.tuning.subgroups:  # where `matmul` is made for few tokens already
+            return self.matmul(part, state, x, y, stride=stride, max_count=max_count, half=False)
+        constants = _weights(part) | self._teams() | {"STRIDE": stride}
+        grid = *self._rows_grid(part.rows), ceil_div(max_count, 8)
+        return self._dispatch("matvecs", constants, (part.quants, part.scales, state, x, y), *grid)
+
     def matmul(
-        self, part: Part, state: Buffer, x: Buffer, y: Buffer, *, stride: int, scale: float = 1.0, max_count: int
+        self,
+        part: Part,
+        state: Buffer,
+        x: Buffer,
+        y: Buffer,
+        *,
+        stride: int,
+        scale: float = 1.0,
+        max_count: int,
+        half: bool | None = None,
     ) -> Dispatch:
-        """A part of a matrix times the vectors of the tokens; `stride` is the length of a row of `y`."""
+        """A part of a matrix times the vectors of the tokens; `stride` is the length of a row of `y`.
+
+        `half` says what `x` holds, if not what the precision says.
+        """
         rows, tokens = (64, 8) if self.tuning.subgroups else (64, 32)  # of a tile
         constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale}
         bindings = (part.quants, part.scales, state, x, y)
         grid = ceil_div(part.rows, rows), ceil_div(max_count, tokens)
-        return self._dispatch("matmul", constants, bindings, *grid)
+        return self._dispatch("matmul", constants, bindings, *grid, half=half)
 
     def quantize(
         self, state: Buffer, x: Buffer, q: Buffer, factors: Buffer, *, size: int, max_count: int
@@ -266,6 +297,7 @@ class Kernels:
         stats: Buffer,
         *,
         splits: int,
+        sequences: int = 1,
     ) -> Dispatch:
         """Attention of one token, its keys and values written to the cache on the way."""
         constants = _heads(shape) | {
@@ -277,22 +309,31 @@ class Kernels:
             "SPLITS": splits,
         }
         bindings = (state, qkv, norms, rope, key_cache, value_cache, out, stats)
-        return self._dispatch("attention_decode", constants, bindings, splits, shape.kv_heads)
+        return self._dispatch("attention_decode", constants, bindings, splits, shape.kv_heads, sequences)
 
     def attention_combine(
-        self, shape: Attention, shares: Buffer, stats: Buffer, out: Buffer, *, splits: int
+        self, shape: Attention, shares: Buffer, stats: Buffer, out: Buffer, *, splits: int, sequences: int = 1
     ) -> Dispatch:
         """One softmax out of the shares that the splits computed."""
         constants = {"HEADS": shape.heads, "SPLITS": splits, "WORKGROUP_SIZE": shape.head_dim // 4}
-        return self._dispatch("attention_combine", constants, (shares, stats, out), shape.heads)
+        return self._dispatch("attention_combine", constants, (shares, stats, out), shape.heads, sequences)
 
     def logits_scan(
-        self, state: Buffer, sampling: Buffer, seen: Buffer, logits: Buffer, summaries: Buffer, *, vocab: int
+        self,
+        state: Buffer,
+        sampling: Buffer,
+        seen: Buffer,
+        logits: Buffer,
+        summaries: Buffer,
+        *,
+        vocab: int,
+        sequences: int = 1,
+        stride: int = 0,
     ) -> Dispatch:
         """Penalise and temper the logits, and sum up each part of the vocabulary."""
-        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "WORKGROUP_SIZE": _REDUCE}
+        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "STRIDE": stride, "WORKGROUP_SIZE": _REDUCE}
         bindings = (state, sampling, seen, logits, summaries)
-        return self._dispatch("logits_scan", constants, bindings, ceil_div(vocab, VOCABULARY_PART))
+        return self._dispatch("logits_scan", constants, bindings, ceil_div(vocab, VOCABULARY_PART), sequences)
 
     def sample(
         self,
@@ -304,10 +345,14 @@ class Kernels:
         seen: Buffer,
         *,
         vocab: int,
+        sequences: int = 1,
+        stride: int = 0,
+        context: int = 0,
     ) -> Dispatch:
         """Choose the next token, append it and advance the state."""
-        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "WORKGROUP_SIZE": _REDUCE}
-        return self._dispatch("sample", constants, (state, sampling, logits, summaries, tokens, seen), 1)
+        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "STRIDE": stride, "CONTEXT": context}
+        bindings = (state, sampling, logits, summaries, tokens, seen)
+        return self._dispatch("sample", constants | {"WORKGROUP_SIZE": _REDUCE}, bindings, sequences)
 
     def read(self, words: Buffer, out: Buffer, *, workgroups: int) -> Dispatch:
         """Read all of `words`, whose size each workgroup has an equal share of, in steps of 4096 bytes."""

@@ -1,14 +1,14 @@
-// Attention of one token, with all that surrounds it at decode: QK-norm, RoPE, the cache write, softmax(q K^T) V.
+// Attention of one token of each sequence, with all that surrounds it at decode: QK-norm, RoPE, the cache write, softmax(q K^T) V.
 //     q = SCALE rotate(q_weight * q / rms(q), p)      k = rotate(k_weight * k / rms(k), p)
 //     out[h] = sum_j softmax_j(q[h] . k_j) v_j        over the last min(p + 1, WINDOW) positions j
 // The cache is a ring: position j lies at slot j % CAPACITY, and CAPACITY >= WINDOW.
 //
-// qkv f32 [HEADS + 2 KV_HEADS, HEAD_DIM]      norms f32 [2, HEAD_DIM]      rope: rope.wgsl
-// key_cache, value_cache half [CAPACITY, KV_HEADS, HEAD_DIM]
-// out f32 [SPLITS, HEADS, HEAD_DIM], stats f32 [SPLITS, HEADS] of (max, sum): with SPLITS > 1, the softmax of a share of the
+// qkv f32 [sequences, HEADS + 2 KV_HEADS, HEAD_DIM]      norms f32 [2, HEAD_DIM]      rope: rope.wgsl
+// key_cache, value_cache half [slots, CAPACITY, KV_HEADS, HEAD_DIM]
+// out f32 [sequences, SPLITS, HEADS, HEAD_DIM], stats f32 [sequences, SPLITS, HEADS] of (max, sum): with SPLITS > 1, the softmax of a share of the
 // positions, unnormalised, for attention_combine.wgsl; else the result, and stats is left alone
 //
-// Grid: x = split, y = key/value head. A workgroup of HEAD_DIM / 4 threads takes the (at most 4) query heads of a key/value
+// Grid: x = split, y = key/value head, z = sequence. A workgroup of HEAD_DIM / 4 threads takes the (at most 4) query heads of a key/value
 // head together, so that the cache is read once. In tiles of as many positions as threads: a thread scores one position for
 // all heads, then gathers four elements of the output over all positions of the tile. Online softmax in f32.
 override HEADS: u32;
@@ -25,7 +25,7 @@ override QUERY_VECTORS = 4u * WORKGROUP_SIZE;
 #include "state.wgsl"
 #include "reduce.wgsl"
 
-@group(0) @binding(0) var<storage, read> state: State;
+@group(0) @binding(0) var<storage, read> states: array<State>;
 @group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> norms: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read> rope: array<vec2<f32>>;
@@ -45,7 +45,9 @@ var<workgroup> normed_keys: array<vec4<f32>, WORKGROUP_SIZE>;
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let split = group.x;
     let kv_head = group.y;
-    let position = state.position;
+    let position = states[group.z].position;
+    let ring = states[group.z].slot * CAPACITY;
+    let qkv_start = group.z * (HEADS + 2u * KV_HEADS);
     let length = min(position + 1u, WINDOW);
     let oldest = position + 1u - length;
     let share = (length + SPLITS - 1u) / SPLITS;
@@ -55,10 +57,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var heads: array<vec4<f32>, 4>;  // this thread's elements; zero where there are fewer heads
     var squares: vec4<f32>;
     for (var head = 0u; head < min(GROUP, 4u); head++) {
-        heads[head] = qkv[(kv_head * GROUP + head) * WORKGROUP_SIZE + thread];
+        heads[head] = qkv[(qkv_start + kv_head * GROUP + head) * WORKGROUP_SIZE + thread];
         squares[head] = dot(heads[head], heads[head]);
     }
-    let key = qkv[(HEADS + kv_head) * WORKGROUP_SIZE + thread];
+    let key = qkv[(qkv_start + HEADS + kv_head) * WORKGROUP_SIZE + thread];
     let query_scale = SCALE * inverseSqrt(workgroup_sums(thread, squares) / f32(HEAD_DIM) + EPS);
     let key_scale = inverseSqrt(workgroup_sum(thread, dot(key, key)) / f32(HEAD_DIM) + EPS);
     for (var head = 0u; head < 4u; head++) {
@@ -76,9 +78,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     for (var head = 0u; head < 4u; head++) { queries[head * WORKGROUP_SIZE + thread] = heads[head]; }
     if first < length && last == length {  // the share with the new position
-        let slot = ((position % CAPACITY) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread;
+        let slot = ((ring + position % CAPACITY) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread;
         key_cache[slot] = vec4<half>(turned_key);
-        value_cache[slot] = vec4<half>(qkv[(HEADS + KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
+        value_cache[slot] = vec4<half>(qkv[(qkv_start + HEADS + KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
     }
     storageBarrier();
     workgroupBarrier();
@@ -90,7 +92,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var scores = vec4(LOWEST);
         if tile + thread < last {
             scores = vec4(0.0);
-            let start = ((oldest + tile + thread) % CAPACITY * KV_HEADS + kv_head) * WORKGROUP_SIZE;
+            let start = ((ring + (oldest + tile + thread) % CAPACITY) * KV_HEADS + kv_head) * WORKGROUP_SIZE;
             for (var i = 0u; i < WORKGROUP_SIZE; i++) {
                 let k = vec4<f32>(key_cache[start + i]);
                 scores += vec4(
@@ -110,7 +112,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         for (var head = 0u; head < 4u; head++) { gathered[head] *= shrink[head]; }
         for (var i = 0u; i < min(WORKGROUP_SIZE, last - tile); i++) {
-            let slot = (oldest + tile + i) % CAPACITY * KV_HEADS + kv_head;
+            let slot = (ring + (oldest + tile + i) % CAPACITY) * KV_HEADS + kv_head;
             let v = vec4<f32>(value_cache[slot * WORKGROUP_SIZE + thread]);
             for (var head = 0u; head < 4u; head++) { gathered[head] += weights[i][head] * v; }
         }
@@ -119,7 +121,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     let sums = workgroup_sums(thread, total);
     for (var head = 0u; head < min(GROUP, 4u); head++) {
-        let row = split * HEADS + kv_head * GROUP + head;
+        let row = (group.z * SPLITS + split) * HEADS + kv_head * GROUP + head;
         if SPLITS == 1u {
             out[row * WORKGROUP_SIZE + thread] = gathered[head] / sums[head];
         } else {

@@ -6,19 +6,21 @@
 // The first two are found bit by bit, each bit by a count over the candidates. Candidates are the tokens within DEPTH of
 // the highest logit, at most MINE a thread; where the threshold may lie lower, the whole vocabulary is searched.
 //
-// state is advanced      logits f32 [VOCAB], as logits_scan.wgsl leaves them      summaries [PARTS]
-// tokens u32 [context + 1]      seen: a bit a token
-// Grid: one workgroup.
+// states are advanced      logits f32 [sequences, STRIDE], as logits_scan.wgsl leaves them      summaries [sequences, PARTS]
+// samplings [sequences]      tokens u32 [slots, CONTEXT]      seen: a bit a token [slots, STRIDE]
+// Grid: one workgroup a sequence.
 override VOCAB: u32;
 override PART: u32;
 override PARTS = (VOCAB + PART - 1u) / PART;
+override STRIDE: u32;
+override CONTEXT: u32;
 override WORKGROUP_SIZE: u32;
 #include "state.wgsl"
 #include "sampling.wgsl"
 #include "reduce.wgsl"
 
-@group(0) @binding(0) var<storage, read_write> state: State;
-@group(0) @binding(1) var<storage, read> sampling: Sampling;
+@group(0) @binding(0) var<storage, read_write> states: array<State>;
+@group(0) @binding(1) var<storage, read> samplings: array<Sampling>;
 @group(0) @binding(2) var<storage, read> logits: array<f32>;
 @group(0) @binding(3) var<storage, read> summaries: array<Summary>;
 @group(0) @binding(4) var<storage, read_write> tokens: array<u32>;
@@ -27,16 +29,18 @@ override WORKGROUP_SIZE: u32;
 const MINE = 64u;
 const DEPTH = 8.0;
 
+var<private> first: u32;          // of the sequence's logits
+var<private> first_summary: u32;
 var<private> mine: array<u32, MINE>;
 var<private> mine_count = 0u;
 var<private> search_all = false;
 
 fn collect(thread: u32, lowest: f32) {
     for (var part = 0u; part < PARTS; part++) {
-        if summaries[part].highest < lowest { continue; }
+        if summaries[first_summary + part].highest < lowest { continue; }
         let end = min((part + 1u) * PART, VOCAB);
         for (var token = part * PART + thread; token < end; token += WORKGROUP_SIZE) {
-            if logits[token] >= lowest {
+            if logits[first + token] >= lowest {
                 if mine_count < MINE { mine[mine_count] = token; }
                 mine_count++;
             }
@@ -64,13 +68,13 @@ fn order(value: f32) -> u32 {
 fn amount(thread: u32, lowest: u32, by_mass: bool, highest: f32) -> f32 {
     var sum = 0.0;
     for (var i = 0u; i < candidates(thread); i++) {
-        let logit = logits[candidate(thread, i)];
+        let logit = logits[first + candidate(thread, i)];
         if order(logit) >= lowest { sum += select(1.0, exp(logit - highest), by_mass); }
     }
     return workgroup_sum(thread, sum);
 }
 
-fn filtered(thread: u32, all: Summary, position: u32) -> u32 {
+fn filtered(thread: u32, sampling: Sampling, all: Summary, position: u32) -> u32 {
     collect(thread, all.highest - DEPTH);
     let sums = workgroup_sums(thread, vec4(select(0.0, 1.0, mine_count > MINE), f32(mine_count), 0.0, 0.0));
     let overflow = sums.x > 0.0;
@@ -104,27 +108,31 @@ fn filtered(thread: u32, all: Summary, position: u32) -> u32 {
     var best = NOTHING;
     for (var i = 0u; i < candidates(thread); i++) {
         let token = candidate(thread, i);
-        if order(logits[token]) >= lowest {
-            best = merge(best, Summary(0.0, 0.0, logits[token] + gumbel(sampling.seed, position, token), token));
+        if order(logits[first + token]) >= lowest {
+            best = merge(best, Summary(0.0, 0.0, logits[first + token] + gumbel(sampling.seed, position, token), token));
         }
     }
     return workgroup_merge(thread, best).token;
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(@builtin(local_invocation_index) thread: u32) {
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let state = states[group.x];
+    let sampling = samplings[group.x];
+    first = group.x * STRIDE;
+    first_summary = group.x * PARTS;
     let position = state.position + state.count;
     var all = NOTHING;
-    for (var part = thread; part < PARTS; part += WORKGROUP_SIZE) { all = merge(all, summaries[part]); }
+    for (var part = thread; part < PARTS; part += WORKGROUP_SIZE) { all = merge(all, summaries[first_summary + part]); }
     all = workgroup_merge(thread, all);
     var token = all.token;
     if sampling.temperature > 0.0 && (sampling.top_k > 0u || sampling.top_p < 1.0 || sampling.min_p > 0.0) {
-        token = filtered(thread, all, position);
+        token = filtered(thread, sampling, all, position);
     }
     if thread == 0u {
-        tokens[position] = token;
-        state.position = position;
-        state.count = 1u;
-        if token < VOCAB { seen[token / 32u] |= 1u << (token % 32u); }
+        tokens[state.slot * CONTEXT + position] = token;
+        states[group.x].position = position;
+        states[group.x].count = 1u;
+        if token < VOCAB { seen[state.slot * ((STRIDE + 31u) / 32u) + token / 32u] |= 1u << (token % 32u); }
     }
 }
