@@ -229,6 +229,7 @@ def serve(
     except ImportError as error:
         raise click.ClickException(f"{error.name} is not installed; pip install 'gemma-wgpu[server]'") from None
     with closing(app.bind(host, port)) as bound, _load(model, precision, activations, context_length) as gemma:
+        bound.listen()  # before somebody reads where
         click.echo(f"{name or gemma.name} at {app.address(bound)} (Ctrl-C stops)")
         if not (app.is_local(bound) or api_key):
             click.secho("Whoever reaches this address may use it; --api-key asks for a key.", err=True, fg="yellow")

@@ -23,6 +23,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemma_wgpu.errors import GemmaError, RequestError
 from gemma_wgpu.gemma import Gemma
@@ -73,14 +74,14 @@ def create_app(
     """The application: `gemma` as the model `name`, taking turns in `engine`.
 
     `origins` are the web pages' that may use it beside its own; `local_only` refuses what is addressed to a name that
-    is not this machine's own, as a web page's can be made to be.
+    is not this machine's own, as a web page's can be made to be; where there is an `api_key`, that suffices.
     """
     served = name or gemma.name
     created = int(time.time())
     texts = TokenTexts(gemma.tokenizer)
 
     def check_host(request: Request) -> None:
-        if local_only and not _is_local(request.url.hostname or ""):
+        if local_only and not api_key and not _is_local(request.url.hostname or ""):
             raise Refusal(403, f"this server answers on this machine only, not as {request.url.hostname}")
 
     def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_KEY)]) -> None:
@@ -101,8 +102,8 @@ def create_app(
         redoc_url=None,
         dependencies=[Depends(check_host)],
         responses={code: {"model": ErrorResponse} for code in ("4XX", "5XX")},
-        max_body_size=MOST_BODY,
     )
+    app.add_middleware(_LimitedBody)
     app.add_middleware(metrics.counted)
     if origins:
         app.add_middleware(
@@ -203,6 +204,26 @@ def create_app(
         return Response(_json(form.whole(choices, usage(generations, prompts))), media_type="application/json")
 
     return app
+
+
+class _LimitedBody:
+    """Refuses a request whose body has more than MOST_BODY bytes, when so many have come."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        came = 0
+
+        async def count() -> Message:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > MOST_BODY:
+                raise Refusal(413, f"the body has more than {MOST_BODY:,} bytes")
+            return message
+
+        await self._app(scope, count, send)
 
 
 async def _events(
@@ -389,7 +410,7 @@ def serve(
             name=name,
             api_key=api_key,
             origins=origins,
-            local_only=is_local(bound) and not api_key,
+            local_only=is_local(bound),
         )
         # uvicorn raises the signals once more when it is done, for handlers that were there before.
         for number in (signal.SIGINT, signal.SIGTERM):
