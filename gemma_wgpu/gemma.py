@@ -216,6 +216,10 @@ class Gemma:
         self._check_open()
         return session.restore(self._model, Path(path))
 
+    def interrupt(self) -> None:
+        """End the Generation that is under way, which raises RequestError, also amid its prompt. From any thread."""
+        self._model.turn += 1
+
     def reset(self) -> None:
         """Forget what is in the cache, so that the next prompt is computed from its first token."""
         self._model.sequence.forget()

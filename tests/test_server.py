@@ -90,7 +90,7 @@ def until(condition: Callable[[], bool]) -> None:
 @contextmanager
 def serving(gemma: Gemma, *, waiting: int = 16, grace: int = 1, **options: Any) -> Iterator[Served]:
     metrics = Metrics()
-    with server_app.bind("127.0.0.1", 0) as bound, Engine(waiting, metrics.ended) as engine:
+    with server_app.bind("127.0.0.1", 0) as bound, Engine(gemma, waiting, metrics.ended) as engine:
         app = server_app.create_app(gemma, engine, metrics, name=NAME, **options)
         server = server_app.server(app, grace=grace)
         thread = threading.Thread(target=server.run, args=([bound],))
@@ -578,6 +578,30 @@ def test_a_client_that_hangs_up_frees_its_place(endless: Gemma) -> None:
         said = served.client.completions.create(**GREEDY, prompt="x", max_tokens=2)
         assert said.choices[0].text == "yz"
         assert served.metric("generations_total") == 3
+
+
+def test_a_client_that_hangs_up_amid_its_prompt(endless: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, gone, chunks = threading.Event(), threading.Event(), []
+    prefill_one = endless._model._prefill_one
+
+    def held(*where: int) -> None:
+        prefill_one(*where)
+        chunks.append(where)
+        began.set()
+        assert gone.wait(SECONDS)
+
+    endless.reset()
+    with serving(endless) as served:
+        monkeypatch.setattr(endless._model, "_prefill_one", held)
+        stream = served.client.completions.create(**LONG | {"prompt": [BOS, *[token("x")] * 5000]})
+        assert began.wait(SECONDS)
+        turn = served.engine._running
+        assert turn is not None
+        stream.close()
+        until(lambda: turn.cancelled)
+        gone.set()
+        until(lambda: idle(served))
+        assert len(chunks) == 1
 
 
 def test_the_queue_overflows(endless: Gemma) -> None:

@@ -402,7 +402,7 @@ def serve(
 ) -> None:
     """Serve `gemma` until SIGINT or SIGTERM: what runs then has 10 seconds to end, and is cut off on another one."""
     metrics = Metrics()
-    with Engine(waiting, metrics.ended) as engine:
+    with Engine(gemma, waiting, metrics.ended) as engine:
         app = create_app(
             gemma,
             engine,

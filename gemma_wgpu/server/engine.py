@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Self
 
 from gemma_wgpu.errors import DeviceError, GemmaError
+from gemma_wgpu.gemma import Gemma
 from gemma_wgpu.generate import Generation, Piece, Stats
 
 log = logging.getLogger(__name__)
@@ -63,14 +64,15 @@ class Turn:
 
 
 class Engine:
-    """Runs generations one after the other, on a thread of its own: a GPU is driven by one thread.
+    """Runs generations of `gemma` one after the other, on a thread of its own: a GPU is driven by one thread.
 
     `waiting` requests may wait while one runs. `on_end` is called on that thread with the figures of each generation
     that came to an end, and the seconds that its request waited. A context manager: `close` stops what runs.
     """
 
-    def __init__(self, waiting: int, on_end: Callable[[Stats, float], None] = lambda stats, waited: None) -> None:
+    def __init__(self, gemma: Gemma, waiting: int, on_end: Callable[[Stats, float], None]) -> None:
         self.failure: DeviceError | None = None  # of the last generation
+        self._gemma = gemma
         self._most = waiting
         self._on_end = on_end
         self._queue: deque[Turn] = deque()
@@ -107,10 +109,15 @@ class Engine:
         return turn
 
     def cancel(self, turn: Turn) -> None:
-        """End a turn: at once where it waits, with its next token where it runs. Idempotent, from any thread."""
+        """End a turn: at once where it waits, after a token or a chunk of the prompt where it runs.
+
+        Idempotent, from any thread.
+        """
         with self._changed:
             turn.cancelled = True
-            if turn in self._queue:
+            if turn is self._running:
+                self._gemma.interrupt()
+            elif turn in self._queue:
                 self._queue.remove(turn)
         turn.put(StoppedError())
 
