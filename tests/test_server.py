@@ -661,7 +661,7 @@ def test_many_clients_hang_up_at_random(endless: Gemma) -> None:
         assert served.client.completions.create(**GREEDY, prompt="x", max_tokens=5).choices[0].text == "yzxyz"
         gc.collect()
         assert endless.device.allocated == allocated
-        assert served.metric("requests_in") == 0
+        assert served.metric("active_requests") == 0
 
 
 # The end.

@@ -192,9 +192,14 @@ def create_app(
         turn = engine.submit(generations)
         watching = asyncio.create_task(_cancel_when_gone(request, engine, turn))
         if body.stream:
-            lines = _events(turn, choices, prompts, form, with_usage=body.include_usage)
+
+            async def events() -> AsyncIterator[str]:
+                async with _cancelled_at_end(engine, turn, watching):
+                    async for event in _events(turn, choices, prompts, form, with_usage=body.include_usage):
+                        yield event
+
             return StreamingResponse(
-                _finally_cancel(lines, engine, turn, watching),
+                events(),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
@@ -259,14 +264,6 @@ async def _cancelled_at_end(engine: Engine, turn: Turn, watching: asyncio.Task[N
     finally:
         watching.cancel()
         engine.cancel(turn)
-
-
-async def _finally_cancel(
-    lines: AsyncIterator[str], engine: Engine, turn: Turn, watching: asyncio.Task[None]
-) -> AsyncIterator[str]:
-    async with _cancelled_at_end(engine, turn, watching):
-        async for line in lines:
-            yield line
 
 
 async def _cancel_when_gone(request: Request, engine: Engine, turn: Turn) -> None:

@@ -140,7 +140,7 @@ class ChatFormat(Format):
 
     prefix = "chatcmpl"
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:  # noqa: D102
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
         replies = []
         for index, choice in enumerate(choices):
             part = choice.take()
@@ -154,10 +154,10 @@ class ChatFormat(Format):
             )
         return ChatCompletion(**self._base, choices=replies, usage=usage)
 
-    def begin(self, index: int) -> BaseModel:  # noqa: D102
+    def begin(self, index: int) -> BaseModel:
         return self._chunk(ChatDelta(index=index, delta=Delta(role="assistant", content="")))
 
-    def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:  # noqa: D102
+    def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
         delta = Delta(content=part.text or None)
         logprobs = _chat_logprobs(part)
         return self._chunk(ChatDelta(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason))
@@ -165,7 +165,7 @@ class ChatFormat(Format):
     def _chunk(self, delta: ChatDelta) -> BaseModel:
         return ChatChunk(**self._base, choices=[delta])
 
-    def last(self, usage: Usage) -> BaseModel:  # noqa: D102
+    def last(self, usage: Usage) -> BaseModel:
         return ChatChunk(**self._base, choices=[], usage=usage)
 
 
@@ -174,17 +174,17 @@ class TextFormat(Format):
 
     prefix = "cmpl"
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:  # noqa: D102
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
         texts = [self._choice(index, choice.take(), choice.finish_reason) for index, choice in enumerate(choices)]
         return Completion(**self._base, choices=texts, usage=usage)
 
-    def begin(self, index: int) -> None:  # noqa: D102
+    def begin(self, index: int) -> None:
         return None
 
-    def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:  # noqa: D102
+    def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
         return Completion(**self._base, choices=[self._choice(index, part, finish_reason)])
 
-    def last(self, usage: Usage) -> BaseModel:  # noqa: D102
+    def last(self, usage: Usage) -> BaseModel:
         return Completion(**self._base, choices=[], usage=usage)
 
     def _choice(self, index: int, part: Part, finish_reason: FinishReason | None) -> TextChoice:

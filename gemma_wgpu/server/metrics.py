@@ -29,7 +29,7 @@ class Metrics:
         self._waited = Histogram("wait_seconds", "From a request to its turn", buckets=_SECONDS, **named)
         self._first = Histogram("prefill_seconds", "From a turn to its first token", buckets=_SECONDS, **named)
         self._speed = Histogram("decode_tokens_per_second", "After the first token", buckets=_SPEEDS, **named)
-        self._state = Gauge("requests_in", "Requests by what they do", ["state"], **named)
+        self._state = Gauge("active_requests", "Requests by what they do", ["state"], **named)
         self._memory = Gauge("gpu_bytes", "Memory on the GPU by what it is for", ["use"], **named)
 
     def watch(self, gemma: Gemma, engine: Engine) -> None:
