@@ -750,6 +750,15 @@ def test_a_signal_stops_the_command(endless_folder: Path, number: int) -> None:
         assert (process.returncode, errors) == (0, "")
 
 
+def test_a_server_for_everybody_warns(endless_folder: Path) -> None:
+    with command("--model", str(endless_folder), "--host", "0.0.0.0") as (process, url):
+        assert httpx.get(f"{url}/health", timeout=SECONDS).status_code == 200
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
+        assert "--api-key" in errors
+
+
 def test_a_port_that_is_taken() -> None:
     with server_app.bind("127.0.0.1", 0) as taken:
         taken.listen()

@@ -17,6 +17,11 @@ from tests.tiny import END_OF_TURN, HF, scripted_weights, token, write_folder
 WIDTHS = {"phone": 360, "desktop": 1280}
 
 
+@pytest.fixture(autouse=True)
+def no_complaints() -> None:
+    """Of the page with Pyodide, which has no part in this."""
+
+
 def write(folder: Path, hf: dict[str, object], *scripts: list[int]) -> str:
     return str(write_folder(folder, hf, scripted_weights(Gemma3Config.from_hf(hf), scripts)))
 
