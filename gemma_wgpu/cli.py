@@ -203,6 +203,39 @@ def chat(
         Chat(gemma, Conversation(system), settings, files).run()
 
 
+@main.command()
+@_model_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 is on all networks.")
+@click.option("--port", default=8080, show_default=True, help="0 takes one that is free.")
+@click.option("--api-key", envvar="GEMMA_WGPU_API_KEY", show_envvar=True, help="What clients must send.")
+@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A web page's that may use it (CORS).")
+@click.option("--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that may wait.")
+@click.option("--name", help="What clients are to call the model.  [default: as the model does]")
+def serve(
+    model: str,
+    precision: str,
+    activations: str,
+    context_length: int | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    origins: tuple[str, ...],
+    queue: int,
+    name: str | None,
+) -> None:
+    """Serve a model to clients of OpenAI's API, and to a web page of its own."""
+    try:
+        from gemma_wgpu.server import app
+    except ImportError as error:
+        raise click.ClickException(f"{error.name} is not installed; pip install 'gemma-wgpu[server]'") from None
+    with closing(app.bind(host, port)) as bound, _load(model, precision, activations, context_length) as gemma:
+        bound.listen()  # before somebody reads where
+        click.echo(f"{name or gemma.name} at {app.address(bound)} (Ctrl-C stops)")
+        if not (app.is_local(bound) or api_key):
+            click.secho("Whoever reaches this address may use it; --api-key asks for a key.", err=True, fg="yellow")
+        app.serve(gemma, bound, name=name, api_key=api_key, origins=origins, waiting=queue)
+
+
 def _load(
     model: str, precision: str, activations: str, context_length: int | None, *, quiet: bool = False
 ) -> gemma_wgpu.Gemma:

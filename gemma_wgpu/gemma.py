@@ -18,7 +18,7 @@ from gemma_wgpu.gpu import open_device, open_device_sync
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.hub import open_model
 from gemma_wgpu.model import PREFILL_CHUNK, Model
-from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.sampling import Sampling, check_integer
 from gemma_wgpu.tokenizer import Tokenizer
 from gemma_wgpu.tuning import tuned
 from gemma_wgpu.weights.checkpoint import matrix_shapes
@@ -104,11 +104,14 @@ class Gemma:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
     ) -> Generation:
         """Continue `prompt`, a text (BOS is put in front) or token ids (taken as they are).
 
         The text ends with the model's end token, with a string of `stop` (which is left out), after `max_new_tokens`,
-        or where the context is full. The other options are those of `Sampling`. Returns a Generation to iterate over.
+        or where the context is full. With `logprobs`, a Piece has the logarithm of its token's probability, and those
+        of so many of the likeliest tokens, before temperature, top_k, top_p and min_p. The other options are those of
+        `Sampling`. Returns a Generation to iterate over.
 
         Raises RequestError for a prompt that is empty or longer than the context, an id outside the vocabulary, or an
         option out of its range.
@@ -123,7 +126,9 @@ class Gemma:
         strings = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
         if not all(isinstance(string, str) and string for string in strings):
             raise RequestError(f"stop is {stop!r}; it must be a text or a list of texts, none of them empty")
-        return Generation(self._model, self.tokenizer, checked, sampling, max_new_tokens, strings)
+        if logprobs is not None:
+            check_integer("logprobs", logprobs, 0, self.config.vocab_size - 1)
+        return Generation(self._model, self.tokenizer, checked, sampling, max_new_tokens, strings, logprobs)
 
     def chat(
         self,
@@ -137,6 +142,7 @@ class Gemma:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
     ) -> Generation:
         """The model's reply to `messages`: a user's text, or a list of {"role": ..., "content": ...}.
 
@@ -155,6 +161,7 @@ class Gemma:
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+            logprobs=logprobs,
         )
 
     def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
@@ -208,6 +215,10 @@ class Gemma:
         """
         self._check_open()
         return session.restore(self._model, Path(path))
+
+    def interrupt(self) -> None:
+        """End the Generation that is under way, which raises RequestError, also amid its prompt. From any thread."""
+        self._model.turn += 1
 
     def reset(self) -> None:
         """Forget what is in the cache, so that the next prompt is computed from its first token."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,14 +21,35 @@ _LATENESS = 0.005  # seconds from a step's end on the GPU to the next one's subm
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of the probabilities at one position: of the token there, and of the likeliest, by rank."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, logits: NDArray[np.floating], token: int, count: int) -> Logprobs:
+        """From the logits (vocab_size,) of the position, with the `count` likeliest."""
+        logprobs = logits.astype(np.float64) - logits.max()
+        logprobs -= np.log(np.exp(logprobs).sum())
+        likeliest = np.argpartition(-logprobs, count)[:count]
+        likeliest = likeliest[np.argsort(-logprobs[likeliest], kind="stable")]
+        top = tuple(zip(likeliest.tolist(), logprobs[likeliest].tolist(), strict=True))
+        return cls(token, float(logprobs[token]), top)
+
+
+@dataclass(frozen=True)
 class Piece:
     """The text that a token completed, and its id; no id where the last text that was held back comes out.
 
-    The text is empty while a character, or what may be a stop string, is not whole.
+    The text is empty while a character, or what may be a stop string, is not whole. `logprobs` is of the token, where
+    it was asked for.
     """
 
     text: str
     ids: tuple[int, ...]
+    logprobs: Logprobs | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -102,6 +123,7 @@ class Generation:
         sampling: Sampling,
         max_new_tokens: int,
         stop: Sequence[str],
+        logprobs: int | None = None,
     ) -> None:
         self.text = ""
         self.ids: list[int] = []
@@ -112,6 +134,8 @@ class Generation:
         self._prompt = ids
         self._max_new_tokens = max_new_tokens
         self._stop = _StopStrings(stop)
+        self._top = logprobs
+        self._logprobs: Logprobs | None = None  # of the last token
         self._pieces = self._run()
 
     def _repr_html_(self) -> str:
@@ -155,7 +179,7 @@ class Generation:
                 self.text += text
                 if stopped:
                     stats.finish_reason = "stop"
-                yield Piece(text, (token,))
+                yield Piece(text, (token,), self._logprobs)
                 if stopped:
                     return
         except (KeyboardInterrupt, asyncio.CancelledError):
@@ -186,24 +210,33 @@ class Generation:
         turn = model.begin(self._prompt, self.sampling)
         stats.reused_tokens = model.sequence.computed
         await model.prefill()
-        pending = deque([model.sample(length)])
+        pending = deque([(model.sample(length), self._logits())])
         stats.dispatches_per_token = model.decode_dispatches
         submitted = 1
         for n in range(1, most + 1):
             # Steps past the end of the text are for nothing, so only as many ahead as a host may be late.
             ahead = min(1 + int(_LATENESS * stats.decode_tokens_per_second), ROLLBACK)
             while submitted < min(most, n + ahead):
-                pending.append(model.decode(length + submitted))
+                pending.append((model.decode(length + submitted), self._logits()))
                 submitted += 1
-            token = int((await pending.popleft()).view(np.uint32)[0])
+            chosen, logits = pending.popleft()
+            token = int((await chosen).view(np.uint32)[0])
             now = time.perf_counter()
             if n == 1:
                 stats.prefill_seconds, started = now - started, now
             stats.decode_seconds = now - started
             if token >= model.config.vocab_size:
                 raise DeviceError(f"{model.device.info} computed logits that are no numbers; try precision='f32'")
+            if logits is not None and self._top is not None:
+                values = (await logits).view(np.float32) * np.float32(self.sampling.divisor)
+                self._logprobs = Logprobs.of(values, token, self._top)
             model.check(turn)
             model.sequence.ids.append(token)
             stats.new_tokens += 1
             yield token
             model.check(turn)
+
+    def _logits(self) -> Awaitable[NDArray[np.uint8]] | None:
+        """What the step that was submitted last sampled from, where that is asked for."""
+        model = self._model
+        return None if self._top is None else model.device.read(model.logits, 0, 4 * model.config.vocab_size)

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from gemma_wgpu.errors import RequestError
 
+# Below this temperature, logits over it leave f32, and the likeliest token has all the probability anyway.
+_COLDEST = 1e-4
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -35,18 +38,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0, 100)
-        _integer("top_k", self.top_k, 0, 1 << 24)
+        check_integer("top_k", self.top_k, 0, 1 << 24)
         _number("top_p", self.top_p, 0, 1, above=True)
         _number("min_p", self.min_p, 0, 1)
         _number("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(32))
-        _integer("seed", self.seed, 0, (1 << 32) - 1)
+        check_integer("seed", self.seed, 0, (1 << 32) - 1)
+
+    @property
+    def divisor(self) -> float:
+        """What the logits are divided by: 1 where the likeliest token is taken."""
+        return self.temperature if self.temperature >= _COLDEST else 1.0
 
     def words(self) -> NDArray[np.uint32]:
         """The struct Sampling of shaders/sampling.wgsl."""
-        # Below this, logits over the temperature leave f32, and the likeliest token has all the probability anyway.
-        temperature = self.temperature if self.temperature >= 1e-4 else 0.0
+        temperature = self.temperature if self.temperature >= _COLDEST else 0.0
         floats = [temperature, self.top_p, self.min_p, self.repetition_penalty]
         integers = np.array([self.top_k, self.seed], np.uint32)
         return np.concatenate((np.array(floats, np.float32).view(np.uint32), integers))
@@ -60,7 +67,8 @@ def _number(name: str, value: object, low: float, high: float, *, above: bool = 
         raise RequestError(f"{name} is {value}; it must be {range_}")
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Raise RequestError unless `value`, of the option `name`, is a whole number in [low, high]."""
     try:
         inside = not isinstance(value, bool) and low <= operator.index(value) <= high  # type: ignore[arg-type]
     except TypeError:

@@ -15,7 +15,18 @@ import pytest
 from gemma_wgpu import Gemma, Generation, Piece, RequestError, load
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.weights.checkpoint import EMBEDDING
-from tests.tiny import BOS, END_OF_TURN, EOS, HF, PIECES, random_weights, scripted_weights, token, write_folder
+from tests.tiny import (
+    BOS,
+    END_OF_TURN,
+    EOS,
+    HF,
+    PIECES,
+    random_weights,
+    reference_logits,
+    scripted_weights,
+    token,
+    write_folder,
+)
 
 CONTEXT = 128
 
@@ -526,3 +537,36 @@ def test_stop_strings_that_are_wrong(scripted: Gemma, value: object) -> None:
 def test_chats_that_are_wrong(scripted: Gemma, messages: list[dict[str, object]], message: str) -> None:
     with pytest.raises(RequestError, match=f"^{message}"):
         scripted.chat(messages)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.7, "top_k": 5, "seed": 3}])
+def test_logprobs_are_those_of_the_model(random: Gemma, options: dict[str, float]) -> None:
+    """Of the model itself, whatever was made of them to sample; against the reference in numpy."""
+    ids = prompt(6)
+    pieces = list(random.generate(ids, max_new_tokens=8, logprobs=4, **options))  # type: ignore[arg-type]
+    found = [piece.logprobs for piece in pieces if piece.ids]
+    new = [token for piece in pieces for token in piece.ids]
+    config = Gemma3Config.from_hf(HF)
+    logits = reference_logits(config, random_weights(config), ids + new)[len(ids) - 1 : -1]
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    for row, token_, at in zip(expected, new, found, strict=True):
+        assert at is not None
+        assert at.token == token_
+        assert at.logprob == pytest.approx(row[token_], abs=1e-3)
+        ranked = np.argsort(-row)[:4].tolist()
+        assert [token for token, _ in at.top] == ranked
+        assert [logprob for _, logprob in at.top] == pytest.approx(row[ranked], abs=1e-3)
+
+
+def test_logprobs_of_the_token_alone(random: Gemma) -> None:
+    first, *_ = random.generate(prompt(6), max_new_tokens=2, logprobs=0)
+    assert first.logprobs is not None
+    assert first.logprobs.top == ()
+    first, *_ = random.generate(prompt(6), max_new_tokens=2)
+    assert first.logprobs is None
+
+
+@pytest.mark.parametrize("count", [-1, len(PIECES), 1.5, True])
+def test_so_many_logprobs_there_are_not(random: Gemma, count: int) -> None:
+    with pytest.raises(RequestError, match="^logprobs is"):
+        random.generate(prompt(6), logprobs=count)

@@ -1,0 +1,228 @@
+"""From the pieces of a generation to what OpenAI's API says of them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from gemma_wgpu.generate import Generation, Logprobs, Piece
+from gemma_wgpu.server.schemas import (
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    Completion,
+    Delta,
+    FinishReason,
+    PromptDetails,
+    Reply,
+    Rival,
+    TextChoice,
+    TextLogprobs,
+    TokenLogprob,
+    Usage,
+)
+from gemma_wgpu.tokenizer import Tokenizer
+
+
+class TokenTexts:
+    """What single tokens say."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Gemma has the byte tokens in the order of the bytes.
+        self._bytes = {token: byte for byte, token in enumerate(sorted(tokenizer.byte_ids))}
+
+    def rival(self, token: int, logprob: float) -> Rival:
+        """A token with its log-probability."""
+        byte = self._bytes.get(token, 0)
+        if byte >= 0x80:  # by itself no text
+            return Rival(token=f"\\x{byte:02x}", logprob=logprob, bytes=[byte])
+        text = self._tokenizer.decode([token])
+        return Rival(token=text, logprob=logprob, bytes=list(text.encode()))
+
+    def entry(self, at: Logprobs) -> TokenLogprob:
+        """A position's token and its rivals."""
+        chosen = self.rival(at.token, at.logprob)
+        return TokenLogprob(**dict(chosen), top_logprobs=[self.rival(*rival) for rival in at.top])
+
+
+@dataclass
+class Part:
+    """What is new of a text: the text, its tokens where asked for, and the characters that came before."""
+
+    text: str
+    logprobs: list[TokenLogprob] | None
+    offset: int
+
+
+@dataclass
+class Choice:
+    """One text under way."""
+
+    generation: Generation
+    texts: TokenTexts
+    wants_logprobs: bool
+    _text: str = ""
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    # A token goes out with its text, which may be held back, or turn out to be part of a stop string.
+    _held: list[tuple[int, TokenLogprob]] = field(default_factory=list)  # each after so many bytes of text
+    _pushed: int = 0  # bytes of the tokens so far
+    _out: int = 0  # bytes of the text so far
+    _taken: int = 0  # characters
+
+    def push(self, piece: Piece | None) -> None:
+        """The next piece; None is the end."""
+        if piece is None:
+            if self.generation.stats.finish_reason != "stop":
+                self._release(self._pushed + 1)
+            return
+        self._text += piece.text
+        self._out += len(piece.text.encode())
+        if piece.logprobs is not None:
+            entry = self.texts.entry(piece.logprobs)
+            self._held.append((self._pushed, entry))
+            self._pushed += len(entry.bytes)
+        self._release(self._out)
+
+    def _release(self, end: int) -> None:
+        while self._held and self._held[0][0] < end:
+            self._logprobs.append(self._held.pop(0)[1])
+
+    def take(self) -> Part:
+        """What came since the last call."""
+        part = Part(self._text, self._logprobs if self.wants_logprobs else None, self._taken)
+        self._taken += len(self._text)
+        self._text, self._logprobs = "", []
+        return part
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the text ended."""
+        return "stop" if self.generation.stats.finish_reason in ("eos", "stop") else "length"
+
+
+class Format(ABC):
+    """What one of the two kinds of completion looks like, for one request to `model`."""
+
+    prefix: str
+
+    def __init__(self, model: str) -> None:
+        made = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._base: dict[str, Any] = {"id": made, "created": int(time.time()), "model": model}
+
+    @abstractmethod
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
+        """The response that is not streamed."""
+
+    @abstractmethod
+    def begin(self, index: int) -> BaseModel | None:
+        """The chunk before the first one of a text, if there is one."""
+
+    @abstractmethod
+    def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
+        """A chunk of a stream."""
+
+    @abstractmethod
+    def last(self, usage: Usage) -> BaseModel:
+        """The chunk that has no text and the usage."""
+
+
+class ChatFormat(Format):
+    """Of /v1/chat/completions."""
+
+    prefix = "chatcmpl"
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
+        replies = []
+        for index, choice in enumerate(choices):
+            part = choice.take()
+            replies.append(
+                ChatChoice(
+                    index=index,
+                    message=Reply(content=part.text),
+                    logprobs=_chat_logprobs(part),
+                    finish_reason=choice.finish_reason,
+                )
+            )
+        return ChatCompletion(**self._base, choices=replies, usage=usage)
+
+    def begin(self, index: int) -> BaseModel:
+        return self._chunk(ChatDelta(index=index, delta=Delta(role="assistant", content="")))
+
+    def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
+        delta = Delta(content=part.text or None)
+        logprobs = _chat_logprobs(part)
+        return self._chunk(ChatDelta(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason))
+
+    def _chunk(self, delta: ChatDelta) -> BaseModel:
+        return ChatChunk(**self._base, choices=[delta])
+
+    def last(self, usage: Usage) -> BaseModel:
+        return ChatChunk(**self._base, choices=[], usage=usage)
+
+
+class TextFormat(Format):
+    """Of /v1/completions."""
+
+    prefix = "cmpl"
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
+        texts = [self._choice(index, choice.take(), choice.finish_reason) for index, choice in enumerate(choices)]
+        return Completion(**self._base, choices=texts, usage=usage)
+
+    def begin(self, index: int) -> None:
+        return None
+
+    def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
+        return Completion(**self._base, choices=[self._choice(index, part, finish_reason)])
+
+    def last(self, usage: Usage) -> BaseModel:
+        return Completion(**self._base, choices=[], usage=usage)
+
+    def _choice(self, index: int, part: Part, finish_reason: FinishReason | None) -> TextChoice:
+        return TextChoice(index=index, text=part.text, logprobs=_text_logprobs(part), finish_reason=finish_reason)
+
+
+def _chat_logprobs(part: Part) -> ChatLogprobs | None:
+    return None if part.logprobs is None else ChatLogprobs(content=part.logprobs)
+
+
+def _text_logprobs(part: Part) -> TextLogprobs | None:
+    if part.logprobs is None:
+        return None
+    offsets, offset = [], part.offset
+    for entry in part.logprobs:
+        offsets.append(offset)
+        offset += sum(byte & 0xC0 != 0x80 for byte in entry.bytes)  # bytes that begin a character
+    return TextLogprobs(
+        tokens=[_name(entry) for entry in part.logprobs],
+        token_logprobs=[entry.logprob for entry in part.logprobs],
+        # Of two that read the same, the likelier.
+        top_logprobs=[{_name(r): r.logprob for r in reversed(entry.top_logprobs)} for entry in part.logprobs],
+        text_offset=offsets,
+    )
+
+
+def _name(rival: Rival) -> str:
+    return f"bytes:{rival.token}" if len(rival.bytes) == 1 and rival.bytes[0] >= 0x80 else rival.token
+
+
+def usage(generations: Sequence[Generation], prompts: int) -> Usage:
+    """Of generations that have `prompts` prompts, each as many in a row; a prompt counts once."""
+    own = [generation.stats for generation in generations[:: len(generations) // prompts]]
+    prompt = sum(stats.prompt_tokens for stats in own)
+    new = sum(generation.stats.new_tokens for generation in generations)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=new,
+        total_tokens=prompt + new,
+        prompt_tokens_details=PromptDetails(cached_tokens=sum(stats.reused_tokens for stats in own)),
+    )

@@ -1,0 +1,775 @@
+"""The server, through OpenAI's own client, on models that were written to say certain things."""
+
+import asyncio
+import gc
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from openai import OpenAI
+
+from gemma_wgpu import DeviceError, Gemma, RequestError, load
+from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.server import app as server_app
+from gemma_wgpu.server.engine import Engine
+from gemma_wgpu.server.metrics import Metrics
+from tests.tiny import (
+    BOS,
+    END_OF_TURN,
+    EOS,
+    HF,
+    random_weights,
+    reference_logits,
+    scripted_weights,
+    token,
+    write_folder,
+)
+
+SECONDS = 60  # until something that hangs is given up
+NAME = "tiny"
+
+
+def tokens(*pieces: str | int) -> list[int]:
+    return [token(piece) for piece in pieces]
+
+
+SCRIPTS = [
+    [*tokens("▁the", "▁cat", "▁sat", "▁on", "▁a", "▁mat"), EOS],
+    [*tokens("x", "y", "z"), token("x")],
+    [*tokens("m", 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, "n"), EOS],  # m€😀n
+    [*tokens("\n", "▁home", "▁again"), END_OF_TURN],  # what it answers
+]
+ENDLESS = HF | {"max_position_embeddings": 1 << 17, "sliding_window_pattern": 100}
+
+
+@dataclass
+class Served:
+    gemma: Gemma
+    engine: Engine
+    url: str
+    server: Any
+    thread: threading.Thread
+
+    @property
+    def client(self) -> OpenAI:
+        return self.client_with("none")
+
+    def client_with(self, key: str) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=SECONDS, **options)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"gemma_wgpu_{name}[ {{]", line))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < SECONDS
+        time.sleep(0.01)
+
+
+@contextmanager
+def serving(gemma: Gemma, *, waiting: int = 16, grace: int = 1, **options: Any) -> Iterator[Served]:
+    metrics = Metrics()
+    with server_app.bind("127.0.0.1", 0) as bound, Engine(gemma, waiting, metrics.ended) as engine:
+        app = server_app.create_app(gemma, engine, metrics, name=NAME, **options)
+        server = server_app.server(app, grace=grace)
+        thread = threading.Thread(target=server.run, args=([bound],))
+        url = server_app.address(bound)
+        thread.start()
+        until(lambda: server.started)
+        try:
+            yield Served(gemma, engine, url, server, thread)
+        finally:
+            server.should_exit = True
+            thread.join(SECONDS)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gemma]:
+    weights = scripted_weights(Gemma3Config.from_hf(HF), SCRIPTS)
+    with load(write_folder(tmp_path_factory.mktemp("scripted"), HF, weights), precision="f32") as gemma:
+        yield gemma
+
+
+@pytest.fixture(scope="module")
+def served(scripted: Gemma) -> Iterator[Served]:
+    with serving(scripted) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def endless_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that never stops."""
+    weights = scripted_weights(Gemma3Config.from_hf(ENDLESS), SCRIPTS)
+    return write_folder(tmp_path_factory.mktemp("endless") / "endless", ENDLESS, weights)
+
+
+@pytest.fixture(scope="module")
+def endless(endless_folder: Path) -> Iterator[Gemma]:
+    with load(endless_folder, precision="f32", context_length=1 << 15) as gemma:
+        yield gemma
+
+
+@pytest.fixture(scope="module")
+def guessing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A model with random weights."""
+    folder = write_folder(tmp_path_factory.mktemp("guessing"), HF, random_weights(Gemma3Config.from_hf(HF)))
+    with load(folder, precision="f32") as gemma, serving(gemma) as served:
+        yield served
+
+
+GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
+HELLO: dict[str, Any] = GREEDY | {"messages": [{"role": "user", "content": "so"}]}
+
+
+def refused(call: Callable[[], object], status: int, *named: str, param: str | None = None) -> openai.APIStatusError:
+    """In OpenAI's shape, by a message that names the culprit."""
+    with pytest.raises(openai.APIStatusError) as caught:
+        call()
+    error = caught.value
+    assert error.status_code == status
+    body = json.loads(error.response.text)["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert "\n" not in body["message"]
+    for name in named:
+        assert name in body["message"]
+    assert body["param"] == param
+    return error
+
+
+# What is answered.
+
+
+def test_models(served: Served) -> None:
+    listed = served.client.models.list()
+    assert [model.id for model in listed] == [NAME]
+    assert served.client.models.retrieve(NAME).id == NAME
+    refused(lambda: served.client.models.retrieve("a/b"), 404, "'a/b'", NAME, param="model")
+
+
+def test_chat(served: Served) -> None:
+    said = served.client.chat.completions.create(**HELLO)
+    choice = said.choices[0]
+    assert (said.object, said.model) == ("chat.completion", NAME)
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", " home again", "stop")
+    assert said.usage is not None
+    assert said.usage.completion_tokens == 3
+    assert said.usage.total_tokens == said.usage.prompt_tokens + 3
+    prompt = served.gemma.tokenizer.encode("<start_of_turn>user\nso<end_of_turn>\n<start_of_turn>model\n")
+    assert said.usage.prompt_tokens == len(prompt)
+
+
+def test_chat_streamed(served: Served) -> None:
+    chunks = list(served.client.chat.completions.create(**HELLO, stream=True))
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert [delta.role for delta in deltas] == ["assistant", *[None] * (len(deltas) - 1)]
+    assert [delta.content for delta in deltas] == ["", " home", " again", None]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, None, None, "stop"]
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_events_of_a_stream(served: Served) -> None:
+    answer = served.post("/v1/chat/completions", json=HELLO | {"stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, end = answer.text.split("\n\n")
+    assert end == ""
+    assert all(event.startswith("data: ") for event in events)
+    assert events[-1] == "data: [DONE]"
+    for event in events[:-1]:
+        json.loads(event.removeprefix("data: "))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completion(served: Served, stream: bool) -> None:
+    options = {**GREEDY, "prompt": [BOS, token("▁the")], "stream": stream}
+    assert texts(served.client.completions.create(**options)) == {0: (" cat sat on a mat", "stop")}
+
+
+def texts(said: Any) -> dict[int, tuple[str, str | None]]:
+    """By the index of the choice, its text and why it ended, of a completion or a stream of chunks."""
+    found: dict[int, tuple[str, str | None]] = {}
+    for part in [said] if hasattr(said, "choices") else said:
+        for choice in part.choices:
+            text, reason = found.get(choice.index, ("", None))
+            assert reason is None
+            found[choice.index] = text + choice.text, choice.finish_reason
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage(served: Served, stream: bool) -> None:
+    options = {**GREEDY, "prompt": ["x", "so x"], "max_tokens": 4, "n": 2, "stream": stream}
+    if stream:
+        *before, last = served.client.completions.create(**options, stream_options={"include_usage": True})
+        assert last.choices == []
+        assert all(chunk.usage is None for chunk in before)
+    else:
+        last = served.client.completions.create(**options)
+    prompt = sum(len(served.gemma.tokenizer.encode(text)) for text in ("x", "so x"))
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (prompt, 16)
+    assert last.usage.total_tokens == prompt + 16
+
+
+def test_what_the_cache_held_is_told(served: Served) -> None:
+    options = {**GREEDY, "prompt": "so it went the", "max_tokens": 1}
+    used = [served.client.completions.create(**options).usage for _ in range(2)]
+    assert used[1] is not None and used[1].prompt_tokens_details is not None
+    assert used[1].prompt_tokens_details.cached_tokens == used[1].prompt_tokens - 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "text"), [("z", "xy"), ([" never", "yz"], "x"), ("zz", "xyzxyzxyz"), ("zxy\n", "xyzxyzxyz")]
+)
+def test_stop(served: Served, stop: str | list[str], text: str, stream: bool) -> None:
+    said = served.client.completions.create(**GREEDY, prompt="z", max_tokens=9, stop=stop, stream=stream)
+    assert texts(said) == {0: (text, "length" if len(text) == 9 else "stop")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_characters_of_several_tokens(served: Served, stream: bool) -> None:
+    answer = served.post("/v1/completions", json={**GREEDY, "prompt": "m", "stream": stream})
+    assert "�" not in answer.text
+    assert texts(served.client.completions.create(**GREEDY, prompt="m", stream=stream))[0][0] == "€😀n"
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_most_tokens_of_a_reply(served: Served, name: str) -> None:
+    said = served.client.chat.completions.create(**HELLO, **{name: 1})
+    assert (said.choices[0].message.content, said.choices[0].finish_reason) == (" home", "length")
+
+
+def test_a_text_ends_where_the_context_does(served: Served) -> None:
+    said = served.client.completions.create(**GREEDY, prompt="x", max_tokens=10**6)
+    assert said.choices[0].finish_reason == "length"
+    assert said.usage is not None
+    assert said.usage.total_tokens == served.gemma.context_length + 1
+
+
+def test_prompts_of_all_kinds(served: Served) -> None:
+    x, m = served.gemma.tokenizer.encode("x"), served.gemma.tokenizer.encode("m")
+    for prompt, expected in (
+        ("x", ["y"]),
+        (["x", "y"], ["y", "z"]),
+        (x, ["y"]),
+        ([x, m[:1] + x], ["y", "y"]),
+    ):
+        said = served.client.completions.create(**GREEDY, prompt=prompt, max_tokens=1)
+        assert [choice.text for choice in said.choices] == expected
+
+
+def test_seed(guessing: Served) -> None:
+    def said(seed: int, **options: Any) -> dict[int, tuple[str, str | None]]:
+        return texts(
+            guessing.client.completions.create(
+                model=NAME, prompt="so", max_tokens=12, temperature=1, top_p=1, seed=seed, **options
+            )
+        )
+
+    one = said(5)
+    assert one == said(5) == said(5, stream=True) == said(5 + (1 << 32))
+    assert one != said(6)
+    several = said(5, n=3)
+    assert several == said(5, n=3, stream=True)
+    assert several[0] == one[0]
+    assert several[1] == said(6)[0]
+    assert len(set(several.values())) == 3
+    expected = "".join(map(str, guessing.gemma.generate("so", max_new_tokens=12, top_p=1, seed=5)))
+    assert one[0][0] == expected
+
+
+def test_temperature_and_top_p(guessing: Served) -> None:
+    def said(**options: Any) -> str:
+        return (
+            guessing.client.completions.create(
+                model=NAME, prompt="so", max_tokens=12, extra_body={"top_k": 0}, **options
+            )
+            .choices[0]
+            .text
+        )
+
+    greedy = said(temperature=0)
+    assert said(temperature=1, top_p=1e-6, seed=1) == greedy
+    assert said(temperature=2, top_p=1, seed=1) != greedy
+
+
+def test_our_own_options(guessing: Served) -> None:
+    for options in ({"top_k": 1}, {"min_p": 1.0}):
+        greedy = guessing.client.completions.create(**GREEDY, prompt="so").choices[0].text
+        said = guessing.client.completions.create(model=NAME, prompt="so", temperature=2, extra_body=options)
+        assert said.choices[0].text == greedy
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_completion(guessing: Served, stream: bool) -> None:
+    options: dict[str, Any] = {"model": NAME, "prompt": "so", "max_tokens": 5, "seed": 2, "logprobs": 3}
+    said = guessing.client.completions.create(**options, stream=stream)
+    parts = [part.choices[0] for part in ([said] if hasattr(said, "choices") else said)]
+    logprobs = [part.logprobs for part in parts if part.logprobs]
+    text = "".join(part.text for part in parts)
+    names = [name for part in logprobs for name in part.tokens or []]
+    offsets = [offset for part in logprobs for offset in part.text_offset or []]
+    chosen = [value for part in logprobs for value in part.token_logprobs or []]
+    tops = [top for part in logprobs for top in part.top_logprobs or []]
+    ids = guessing.gemma.tokenizer.encode("so")
+    generation = guessing.gemma.generate("so", max_new_tokens=5, seed=2)
+    assert "".join(map(str, generation)) == text
+    expected = reference_logprobs(ids, generation.ids)
+    bytes_ = {token(byte): f"bytes:\\x{byte:02x}" for byte in range(0x80, 0x100)}
+    assert names == [bytes_.get(token, guessing.gemma.tokenizer.decode([token])) for token in generation.ids]
+    assert chosen == pytest.approx(
+        [row[token] for row, token in zip(expected, generation.ids, strict=True)], abs=1e-3
+    )
+    for row, top in zip(expected, tops, strict=True):
+        assert max(top.values()) == pytest.approx(row.max(), abs=1e-3)
+        assert 1 < len(top) <= 3
+    assert offsets[:3] == [0, 1, 2]
+
+
+def reference_logprobs(ids: list[int], new: list[int]) -> Any:
+    config = Gemma3Config.from_hf(HF)
+    logits = reference_logits(config, random_weights(config), ids + new)[len(ids) - 1 : -1]
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_chat(served: Served, stream: bool) -> None:
+    said: Any = served.client.chat.completions.create(**HELLO, logprobs=True, top_logprobs=2, stream=stream)
+    parts = [part.choices[0] for part in ([said] if hasattr(said, "choices") else said)]
+    entries = [entry for part in parts if part.logprobs for entry in part.logprobs.content]
+    assert [entry.token for entry in entries] == [" home", " again"]
+    for entry in entries:
+        assert bytes(entry.bytes).decode() == entry.token
+        assert len(entry.top_logprobs) == 2
+        assert entry.top_logprobs[0].token == entry.token
+        assert entry.top_logprobs[0].logprob == entry.logprob > entry.top_logprobs[1].logprob
+    said = served.client.chat.completions.create(**HELLO, logprobs=True)
+    assert [entry.top_logprobs for entry in said.choices[0].logprobs.content] == [[], []]
+    assert served.client.chat.completions.create(**HELLO).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_of_the_text_that_is_told(served: Served, stream: bool) -> None:
+    """Not of a stop string; and of every byte of a character."""
+    for prompt, options, expected in (
+        ("z", {"stop": "zx", "max_tokens": 9}, ["x", "y"]),
+        ("z", {"stop": "zxx", "max_tokens": 4}, ["x", "y", "z", "x"]),
+        ("m", {}, [f"bytes:\\x{byte:02x}" for byte in "€😀".encode()] + ["n"]),
+    ):
+        said: Any = served.client.completions.create(**GREEDY, prompt=prompt, logprobs=0, stream=stream, **options)
+        parts = [part.choices[0].logprobs for part in ([said] if hasattr(said, "choices") else said)]
+        assert [name for part in parts for name in part.tokens] == expected
+
+
+def test_bytes_of_tokens(served: Served) -> None:
+    entries = server_app.TokenTexts(served.gemma.tokenizer)
+    assert entries.rival(token(0xE2), -1.0).bytes == [0xE2]
+    assert entries.rival(token("▁cat"), -1.0).bytes == list(b" cat")
+
+
+# What is refused.
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_k": 0.5}, "top_k"),
+    ({"n": 0}, "n"),
+    ({"n": 65}, "n"),
+    ({"n": True}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"seed": 1.5}, "seed"),
+    ({"stop": 3}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"messages": "so"}, "messages"),
+    ({"messages": [{"role": "tool", "content": "so"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"no_such": 1}, "no_such"),
+]
+
+
+@pytest.mark.parametrize(("options", "param"), BAD)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_options(served: Served, options: dict[str, Any], param: str, stream: bool) -> None:
+    if "stream_options" in options and stream:
+        options = {"stream_options": 5}
+    body = HELLO | options | {"stream": stream}
+    error = served.post("/v1/chat/completions", json=body)
+    assert error.status_code == 400
+    content = error.json()["error"]
+    assert content["type"] == "invalid_request_error"
+    assert content["param"] == param
+    assert param in content["message"]
+
+
+def test_options_that_ask_for_nothing(served: Served) -> None:
+    options = {"frequency_penalty": 0, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}}
+    message = {"role": "user", "content": [{"type": "text", "text": "so"}], "name": None}
+    said = served.client.chat.completions.create(**HELLO | options | {"user": "me", "messages": [message]})
+    assert said.choices[0].message.content == " home again"
+
+
+def test_a_reply_can_be_sent_back(served: Served) -> None:
+    reply = served.client.chat.completions.create(**HELLO).choices[0].message
+    system = {"role": "developer", "content": "so"}
+    messages = [system, *HELLO["messages"], reply, *HELLO["messages"]]
+    assert served.client.chat.completions.create(**HELLO | {"messages": messages}).choices[0].message.content
+
+
+def test_bad_requests(served: Served) -> None:
+    client = served.client
+    chat, complete = client.chat.completions.create, client.completions.create
+    refused(lambda: chat(**HELLO | {"model": "gpt"}), 404, "'gpt'", NAME, param="model")
+    refused(lambda: chat(**HELLO | {"messages": []}), 400, "user message")
+    refused(lambda: chat(**HELLO | {"messages": HELLO["messages"] * 2}), 400, "message 1", "assistant")
+    image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    refused(lambda: chat(**HELLO | {"messages": image}), 400, "message 0")
+    refused(lambda: complete(**GREEDY, prompt=[]), 400, "prompt", param="prompt")
+    refused(lambda: complete(**GREEDY, prompt=["a"] * 33, n=2), 400, "prompt", param="prompt")
+    refused(lambda: complete(**GREEDY, prompt=[len(SCRIPTS) + 10**6]), 400, "vocabulary")
+    refused(lambda: complete(**GREEDY, prompt=[[]]), 400, "empty")
+    refused(lambda: complete(**GREEDY, prompt="a", echo=True), 400, "echo", param="echo")
+    error = refused(lambda: complete(**GREEDY, prompt="a" * 500), 400, "context")
+    assert error.code == "context_length_exceeded"
+
+
+def test_bodies_that_are_none(served: Served) -> None:
+    for content, kind in ((b"{", "application/json"), (b"[" * 10**5, "application/json"), (b"", "application/json")):
+        error = served.post("/v1/completions", content=content, headers={"Content-Type": kind})
+        assert error.status_code == 400
+        assert error.json()["error"]["message"]
+    # What a web page may send to anywhere without being asked whether it may.
+    body = json.dumps({**GREEDY, "prompt": "x"})
+    assert served.post("/v1/completions", content=body, headers={"Content-Type": "text/plain"}).status_code == 400
+    for path, status in (("/v1/embeddings", 404), ("/v1/models", 405)):
+        error = served.post(path, json={})
+        assert error.status_code == status
+        assert error.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_that_is_too_large(served: Served) -> None:
+    body = json.dumps({**GREEDY, "prompt": "x" * server_app.MOST_BODY}).encode()
+    for content in (body, iter([body[:1000], body[1000:]])):  # with a length in front, and without
+        error = served.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+        assert error.status_code == 413
+        assert error.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_api_key(scripted: Gemma) -> None:
+    with serving(scripted, api_key="secret") as served:
+        assert served.client_with("secret").models.list().data
+        for key in ("wrong", "secre"):
+            error = refused(lambda key=key: served.client_with(key).models.list(), 401, "key")  # type: ignore[misc]
+            assert error.code == "invalid_api_key"
+        for path in ("/v1/models", "/metrics"):
+            answer = httpx.get(served.url + path)
+            assert answer.status_code == 401
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+        for path in ("/health", "/"):
+            assert httpx.get(served.url + path).status_code == 200
+        assert httpx.get(served.url + "/health", headers={"Host": "model.example"}).status_code == 200
+
+
+def test_names_of_others(served: Served) -> None:
+    """A page elsewhere can give this machine's address a name of its own, to pass for the page of the server."""
+    for host, status in (("model.example", 403), ("localhost:80", 200), ("[::1]:80", 200), ("127.0.0.1", 200)):
+        assert httpx.get(served.url + "/health", headers={"Host": host}).status_code == status
+
+
+def test_cross_origin(served: Served, scripted: Gemma) -> None:
+    ask = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    with serving(scripted, origins=["https://page.example"]) as other:
+        answer = httpx.options(other.url + "/v1/completions", headers=ask)
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://page.example"
+        answer = httpx.options(other.url + "/v1/completions", headers=ask | {"Origin": "https://else.example"})
+        assert "Access-Control-Allow-Origin" not in answer.headers
+    answer = httpx.options(served.url + "/v1/completions", headers=ask)
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+# What is told of the server.
+
+
+def test_openapi(served: Served) -> None:
+    api = httpx.get(f"{served.url}/openapi.json").json()
+    assert {"/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics"} <= set(api["paths"])
+    schemas = api["components"]["schemas"]
+    assert "temperature" in schemas["ChatRequest"]["properties"]
+    assert "choices" in schemas["ChatCompletion"]["properties"]
+
+
+def test_health(served: Served) -> None:
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok", "detail": None, "running": 0, "waiting": 0}
+
+
+def test_metrics(served: Served) -> None:
+    before = {name: served.metric(name) for name in ("generated_tokens_total", "requests_total", "generations_total")}
+    served.client.completions.create(**GREEDY, prompt="x", max_tokens=7, n=2)
+    assert served.metric("generated_tokens_total") == before["generated_tokens_total"] + 14
+    assert served.metric("generations_total") == before["generations_total"] + 2
+    assert served.metric("requests_total") > before["requests_total"]
+    assert served.metric("gpu_bytes") == sum(served.gemma.gpu_bytes.values())
+    httpx.get(f"{served.url}/a/path/of/somebody")
+    assert "somebody" not in httpx.get(f"{served.url}/metrics").text
+
+
+def test_page(served: Served) -> None:
+    page = httpx.get(served.url)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert not re.search(r"(src|href)=\"(?!#|data:)", page.text)
+
+
+# Turns.
+
+
+def idle(served: Served) -> bool:
+    return served.engine.running == served.engine.waiting == 0
+
+
+LONG: dict[str, Any] = {**GREEDY, "prompt": "x", "max_tokens": 10**6, "stream": True}
+
+
+def test_a_client_that_hangs_up_frees_its_place(endless: Gemma) -> None:
+    with serving(endless) as served:
+        stream = served.client.completions.create(**LONG)
+        assert [next(stream).choices[0].text for _ in range(3)] == ["y", "z", "x"]
+        waiting = served.client.completions.create(**LONG)  # its head comes, no text
+        until(lambda: (served.engine.running, served.engine.waiting) == (1, 1))
+        waiting.close()
+        until(lambda: (served.engine.running, served.engine.waiting) == (1, 0))
+        stream.close()
+        until(lambda: idle(served))
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{served.url}/v1/completions", json=LONG | {"stream": False}, timeout=0.5)
+        until(lambda: idle(served))
+        said = served.client.completions.create(**GREEDY, prompt="x", max_tokens=2)
+        assert said.choices[0].text == "yz"
+        assert served.metric("generations_total") == 3
+
+
+def test_a_client_that_hangs_up_amid_its_prompt(endless: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, gone, chunks = threading.Event(), threading.Event(), []
+    prefill_one = endless._model._prefill_one
+
+    def held(*where: int) -> None:
+        prefill_one(*where)
+        chunks.append(where)
+        began.set()
+        assert gone.wait(SECONDS)
+
+    endless.reset()
+    with serving(endless) as served:
+        monkeypatch.setattr(endless._model, "_prefill_one", held)
+        stream = served.client.completions.create(**LONG | {"prompt": [BOS, *[token("x")] * 5000]})
+        assert began.wait(SECONDS)
+        turn = served.engine._running
+        assert turn is not None
+        stream.close()
+        until(lambda: turn.cancelled)
+        gone.set()
+        until(lambda: idle(served))
+        assert len(chunks) == 1
+
+
+def test_the_queue_overflows(endless: Gemma) -> None:
+    with serving(endless, waiting=1) as served, ExitStack() as stack:
+        for count in (1, 2):
+            stack.callback(served.client.completions.create(**LONG).close)
+            until(lambda count=count: served.engine.running + served.engine.waiting == count)  # type: ignore[misc]
+        for stream in (True, False):
+            options = LONG | {"stream": stream}
+            error = refused(lambda options=options: served.client.completions.create(**options), 429, "1 requests")  # type: ignore[misc]
+            assert 1 <= int(error.response.headers["Retry-After"]) <= 60
+            assert error.type == "rate_limit_error"
+        assert httpx.get(f"{served.url}/health").json()["waiting"] == 1
+
+
+def test_requests_take_turns(scripted: Gemma) -> None:
+    with serving(scripted) as served:
+        answers: list[str] = []
+
+        def ask() -> None:
+            answers.append(served.client.completions.create(**GREEDY, prompt="x", max_tokens=5).choices[0].text)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SECONDS)
+        assert answers == ["yzxyz"] * 8
+
+
+def test_many_clients_hang_up_at_random(endless: Gemma) -> None:
+    """At any time: before the first token, in the middle, at the end. Nothing of them stays."""
+    rng = random.Random(0)
+    clients = 60
+
+    async def ask(url: str, delay: float, patience: float) -> None:
+        await asyncio.sleep(delay)
+        body = LONG | {"max_tokens": rng.choice([1, 5, 10**6]), "stream": rng.random() < 0.7, "n": rng.choice([1, 2])}
+        async with httpx.AsyncClient(timeout=patience) as client:
+            try:
+                async with asyncio.timeout(patience):
+                    answer = await client.post(f"{url}/v1/completions", json=body)
+                    assert answer.status_code in (200, 429)
+            except (TimeoutError, httpx.HTTPError):
+                pass
+
+    async def ask_all(url: str) -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(ask(url, rng.random() * 2, rng.random() * 0.5))
+
+    with serving(endless, waiting=4) as served:
+        served.client.completions.create(**GREEDY, prompt="x", max_tokens=2)
+        allocated = endless.device.allocated
+        asyncio.run(ask_all(served.url))
+        until(lambda: idle(served))
+        assert served.client.completions.create(**GREEDY, prompt="x", max_tokens=5).choices[0].text == "yzxyz"
+        gc.collect()
+        assert endless.device.allocated == allocated
+        assert served.metric("active_requests") == 0
+
+
+# The end.
+
+
+def test_what_runs_has_time_to_end(endless: Gemma) -> None:
+    with serving(endless, grace=SECONDS) as served:
+        stream = served.client.completions.create(**LONG | {"max_tokens": 200})
+        next(stream)
+        served.server.should_exit = True
+        assert texts(stream)[0][1] == "length"
+        served.thread.join(SECONDS)
+        with pytest.raises(openai.APIConnectionError):
+            served.client.models.list()
+
+
+def test_what_runs_too_long_is_cut_off(endless: Gemma) -> None:
+    with serving(endless, grace=1) as served:
+        stream = served.client.completions.create(**LONG)
+        next(stream)
+        served.server.should_exit = True
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            list(stream)
+        served.thread.join(SECONDS)
+        until(lambda: idle(served))
+
+
+def test_close_stops_what_runs_and_what_waits(endless: Gemma) -> None:
+    with serving(endless) as served:
+        streams = [served.client.completions.create(**LONG) for _ in range(2)]
+        next(streams[0])
+        until(lambda: (served.engine.running, served.engine.waiting) == (1, 1))
+        served.engine.close()
+        for stream in streams:
+            with pytest.raises(openai.APIError, match="stopped"):
+                list(stream)
+        refused(lambda: served.client.completions.create(**LONG), 503, "stopped")
+
+
+def test_a_failure_is_told(endless: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise DeviceError("the GPU is gone")
+
+    with serving(endless) as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(endless._model, "begin", fail)
+            refused(lambda: served.client.completions.create(**GREEDY, prompt="x"), 500, "the GPU is gone")
+            with pytest.raises(openai.APIError, match="the GPU is gone"):
+                list(served.client.completions.create(**LONG))
+            answer = httpx.get(f"{served.url}/health")
+            assert (answer.status_code, answer.json()["detail"]) == (503, "the GPU is gone")
+            patch.setattr(endless._model, "begin", lambda *_: 1 / 0)
+            refused(lambda: served.client.completions.create(**GREEDY, prompt="x"), 500, "log")
+        assert served.client.completions.create(**GREEDY, prompt="x", max_tokens=1).choices[0].text == "y"
+        assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+# The command.
+
+
+@contextmanager
+def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`gemma-wgpu serve`, and where it says that it is."""
+    line = [sys.executable, "-c", "from gemma_wgpu.cli import main; main()", "serve", "--port", "0", *arguments]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            found = re.search(r"http://\S+", first)
+            assert found, process.stderr and process.stderr.read()
+            yield process, found[0]
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_command(endless_folder: Path, number: int) -> None:
+    with command("--model", str(endless_folder), "--name", "it") as (process, url):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=SECONDS)
+        assert [model.id for model in client.models.list()] == ["it"]
+        stream = client.completions.create(**LONG | {"model": "it", "max_tokens": 100})
+        next(stream)
+        process.send_signal(number)
+        assert texts(stream)[0][1] == "length"
+        _, errors = process.communicate(timeout=SECONDS)
+        assert (process.returncode, errors) == (0, "")
+
+
+def test_a_server_for_everybody_warns(endless_folder: Path) -> None:
+    with command("--model", str(endless_folder), "--host", "0.0.0.0") as (process, url):
+        assert httpx.get(f"{url}/health", timeout=SECONDS).status_code == 200
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
+        assert "--api-key" in errors
+
+
+def test_a_port_that_is_taken() -> None:
+    with server_app.bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RequestError, match=f"127.0.0.1 port {port}.*--port"):
+            server_app.bind("127.0.0.1", port)
+    with pytest.raises(RequestError, match="--host"):
+        server_app.bind("no.such.host.invalid", 0)
+
+
+@pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_who_can_reach_it(host: str, local: bool) -> None:
+    with server_app.bind(host, 0) as bound:
+        assert server_app.is_local(bound) is local
