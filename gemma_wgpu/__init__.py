@@ -10,14 +10,16 @@ with gemma_wgpu.load("demo") as gemma:
 from gemma_wgpu import cache
 from gemma_wgpu.errors import DeviceError, GemmaError, ModelError, RequestError
 from gemma_wgpu.gemma import Gemma, load, load_async
-from gemma_wgpu.generate import Generation, Piece, Stats
+from gemma_wgpu.generate import Generation, Generations
 from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.text import Piece, Stats
 
 __all__ = [
     "DeviceError",
     "Gemma",
     "GemmaError",
     "Generation",
+    "Generations",
     "ModelError",
     "Piece",
     "RequestError",

@@ -27,7 +27,6 @@ import numpy as np
 from gemma_wgpu import session
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gemma import Gemma
-from gemma_wgpu.generate import Generation
 from gemma_wgpu.gpu.device import AdapterInfo, Device, Program
 from gemma_wgpu.kernels import READ_STEP, Kernels
 from gemma_wgpu.model import Model
@@ -168,9 +167,8 @@ class _Ours(Engine):
         await model.device.read(model.state)
 
     async def run(self, ids: Sequence[int], decode: int) -> Run:
-        prompt = np.array([*self._ids, *ids], np.uint32)
-        greedy = Sampling(temperature=0, seed=0)
-        generation = Generation(self._model, self._gemma.tokenizer, prompt, greedy, decode + 1, ())
+        prompt = [*self._ids, *ids]
+        generation = self._gemma.generate(prompt, max_new_tokens=decode + 1, temperature=0)
         new = [token async for token in generation.tokens()]
         stats = generation.stats
         return Run(stats.reused_tokens, stats.prefill_seconds, stats.decode_seconds, new)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict, Unpack, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu import html, session
+from gemma_wgpu.batch import Batch
 from gemma_wgpu.chat import Message, encode_chat
 from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import DeviceError, RequestError
-from gemma_wgpu.generate import Generation
+from gemma_wgpu.generate import Generation, Generations
 from gemma_wgpu.gpu import open_device, open_device_sync
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.hub import open_model
 from gemma_wgpu.model import PREFILL_CHUNK, Model
 from gemma_wgpu.sampling import Sampling, check_integer
+from gemma_wgpu.scheduler import Scheduler
+from gemma_wgpu.text import Text
 from gemma_wgpu.tokenizer import Tokenizer
 from gemma_wgpu.tuning import tuned
 from gemma_wgpu.weights.checkpoint import matrix_shapes
@@ -26,8 +29,23 @@ from gemma_wgpu.weights.checkpoint import matrix_shapes
 PRECISIONS = ("auto", "f16", "f32")
 ACTIVATIONS = ("float", "int8")
 _CONTEXT_LENGTH = 4096
+_BATCH_SIZE = 8
 
 Progress = Callable[[int, int], None]
+
+
+class Options(TypedDict, total=False):
+    """Those of `Gemma.generate`, and of `Gemma.chat`."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    logprobs: int | None
 
 
 class Gemma:
@@ -41,6 +59,7 @@ class Gemma:
         self.quantization = quantization
         self.tokenizer = tokenizer
         self._model = model
+        self._batch: Batch | None = None
         self._closed = False
 
     @property
@@ -70,9 +89,10 @@ class Gemma:
 
     @property
     def gpu_bytes(self) -> dict[str, int]:
-        """Bytes on the GPU by what they are for: weights, cache, scratch."""
-        model = self._model
-        return {"weights": model.weight_bytes, "cache": model.cache_bytes, "scratch": model.scratch_bytes}
+        """Bytes on the GPU by what they are for: weights, cache, scratch, and batch where there was one."""
+        model, batch = self._model, self._batch
+        sizes = {"weights": model.weight_bytes, "cache": model.cache_bytes, "scratch": model.scratch_bytes}
+        return sizes | ({"batch": batch.nbytes} if batch else {})
 
     def __repr__(self) -> str:
         return f"<Gemma {self.name!r}, {self.quantization}, {self.precision}, on {self.device.info}>"
@@ -92,9 +112,17 @@ class Gemma:
             },
         )
 
+    @overload
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], *, batch_size: int = ..., **options: Unpack[Options]
+    ) -> Generations: ...
+
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | list[str] | list[list[int]],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 1.0,
@@ -105,20 +133,42 @@ class Gemma:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
-    ) -> Generation:
-        """Continue `prompt`, a text (BOS is put in front) or token ids (taken as they are).
+        batch_size: int = _BATCH_SIZE,
+    ) -> Generation | Generations:
+        """Continue `prompt`, a text (BOS is put in front) or token ids (taken as they are), or a list of such.
 
         The text ends with the model's end token, with a string of `stop` (which is left out), after `max_new_tokens`,
         or where the context is full. With `logprobs`, a Piece has the logarithm of its token's probability, and those
         of so many of the likeliest tokens, before temperature, top_k, top_p and min_p. The other options are those of
         `Sampling`. Returns a Generation to iterate over.
 
+        For a list, Generations: up to `batch_size` texts are computed at once, each with a cache of its own, and the
+        next one begins where one ends. Text i is what prompt i alone would yield with the seed `seed + i`.
+
         Raises RequestError for a prompt that is empty or longer than the context, an id outside the vocabulary, or an
         option out of its range.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        checked = self._checked(ids)
+
+        def text(prompt: str | Sequence[int], index: int) -> Text:
+            own = seed if seed is None or not index else (seed + index) % (1 << 32)
+            sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, own)
+            return self._text(prompt, sampling, max_new_tokens, stop, logprobs)
+
+        if not _is_batch(prompt):
+            return Generation(self._model, text(cast("str | Sequence[int]", prompt), 0))
+        _check_count("batch_size", batch_size, 256)
+        texts = [text(cast("str | Sequence[int]", each), index) for index, each in enumerate(prompt)]
+        return Generations(self.scheduler(min(batch_size, len(texts))), texts)
+
+    def _text(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int | None,
+        stop: str | Sequence[str],
+        logprobs: int | None,
+    ) -> Text:
+        checked = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if max_new_tokens is None:
             max_new_tokens = self.context_length + 1  # the context is full before
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -128,11 +178,31 @@ class Gemma:
             raise RequestError(f"stop is {stop!r}; it must be a text or a list of texts, none of them empty")
         if logprobs is not None:
             check_integer("logprobs", logprobs, 0, self.config.vocab_size - 1)
-        return Generation(self._model, self.tokenizer, checked, sampling, max_new_tokens, strings, logprobs)
+        return Text(self.tokenizer, checked, sampling, max_new_tokens, strings, logprobs, self.context_length)
+
+    def scheduler(self, batch_size: int) -> Scheduler:
+        """What generates texts side by side; it ends the Generations that are under way.
+
+        Raises DeviceError where the GPU's memory is exhausted.
+        """
+        if self._batch is None or self._batch.size < batch_size:
+            if self._batch is not None:
+                self._batch.close()
+            self._batch = None
+            self._batch = Batch(self._model, batch_size)
+        return Scheduler(self._batch)
+
+    @overload
+    def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Generation: ...
+
+    @overload
+    def chat(
+        self, messages: list[list[Message]], *, batch_size: int = ..., **options: Unpack[Options]
+    ) -> Generations: ...
 
     def chat(
         self,
-        messages: str | Sequence[Message],
+        messages: str | Sequence[Message] | list[list[Message]],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 1.0,
@@ -143,26 +213,31 @@ class Gemma:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
-    ) -> Generation:
-        """The model's reply to `messages`: a user's text, or a list of {"role": ..., "content": ...}.
+        batch_size: int = _BATCH_SIZE,
+    ) -> Generation | Generations:
+        """The model's reply to `messages`: a user's text, or a list of {"role": ..., "content": ...}; or to several.
 
-        Roles are "system" (first only), "user" and "assistant", by turns. Options and errors are those of `generate`;
-        RequestError also names a message that is out of order.
+        Roles are "system" (first only), "user" and "assistant", by turns. A list of such lists is several chats.
+        Options and errors are those of `generate`; RequestError also names a message that is out of order.
         """
+        options: Options = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": stop,
+            "logprobs": logprobs,
+        }
+        if _is_batch(messages):
+            chats = cast("list[list[Message]]", messages)
+            prompts = [encode_chat(self.tokenizer, chat) for chat in chats]
+            return self.generate(prompts, batch_size=batch_size, **options)
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.generate(
-            encode_chat(self.tokenizer, messages),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-        )
+        return self.generate(encode_chat(self.tokenizer, cast("Sequence[Message]", messages)), **options)
 
     def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
         """What the model thinks comes after each of `ids`, or the `last` of them: float32 (len(ids), vocab_size).
@@ -278,6 +353,11 @@ class Gemma:
                 f"{self.config.max_position_embeddings:,})"
             )
         return np.array(checked, np.uint32)
+
+
+def _is_batch(prompt: object) -> bool:
+    """Whether it is a list of texts, of lists of ids or of lists of messages."""
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(each, str | list) for each in prompt)
 
 
 def load(

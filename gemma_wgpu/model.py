@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.errors import DeviceError, ModelError, RequestError
 from gemma_wgpu.gpu.device import Adapter, Buffer, Device, Dispatch, Program
 from gemma_wgpu.gpu.ledger import Ledger
 from gemma_wgpu.kernels import VOCABULARY_PART, Attention, Kernels, Tuning, ceil_div
@@ -28,6 +28,7 @@ from gemma_wgpu.weights.upload import Advance, Matrix, upload
 _GEGLU_SCALE = 2.0**-6
 PREFILL_CHUNK = 512
 ROLLBACK = 32  # positions that a local layer keeps beyond its window, so that a sequence can go back so far
+STATE_BYTES = 20  # the struct State of shaders/state.wgsl
 _SMALLEST_CHUNK = 32
 _ROPE_ROWS = 512  # at a time: memory in a browser is dear
 _LOGITS_BYTES = 64 << 20  # at most, of the buffer that `logits` reads from
@@ -81,7 +82,7 @@ class Model:
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
         self.drawable = config.vocab_size  # ids below it can be drawn; a tokenizer may have no text for those above
-        self._kernels = Kernels(device, half=half, tuning=tuning)
+        self.kernels = Kernels(device, half=half, tuning=tuning)
         window = min(config.sliding_window, context_length)
         self.sequence = Sequence(window, self._capacity(window))
         self.turn = 0
@@ -94,7 +95,7 @@ class Model:
         self.caches = [(self._cache(shape, "key cache"), self._cache(shape, "value cache")) for shape in shapes]
         self.cache_bytes = self.device.allocated - before
         self.ropes = {is_global: self._rope(is_global) for is_global in (False, True)}
-        self._make_scratch(max(self._kernels.splits(shape.window) for shape in shapes))
+        self._make_scratch(max(self.kernels.splits(shape.window) for shape in shapes))
         self.scratch_bytes = self.device.allocated - before - self.cache_bytes
 
     async def load(self, weights: Weights, advance: Advance) -> None:
@@ -167,7 +168,7 @@ class Model:
             feedforward_norms=feedforward_norms,
             head_norms=head_norms,
             attention=attention,
-            splits=self._kernels.splits(attention.window),
+            splits=self.kernels.splits(attention.window),
             rope=self.ropes[self.config.is_global(index)],
             key_cache=key_cache,
             value_cache=value_cache,
@@ -214,7 +215,7 @@ class Model:
         qkv_size = config.query_size + 2 * config.key_value_size
         vocab = config.vocab_size
         buffer = self.device.buffer
-        self.state = buffer(16, "state")
+        self.state = buffer(STATE_BYTES, "state")
         self.tokens = buffer(4 * (self.context_length + 1), "tokens")
         # `residuals[0]` holds a chunk's at prefill, and is where decode ends, so that one head serves both.
         self.residuals = (
@@ -252,7 +253,7 @@ class Model:
     def _embed(self, residual: Buffer, max_count: int) -> Iterator[Dispatch]:
         scale = float(self.config.hidden_size**0.5)
         for part in self.embedding.parts:
-            yield self._kernels.embed(part, self.state, self.tokens, residual, scale=scale, max_count=max_count)
+            yield self.kernels.embed(part, self.state, self.tokens, residual, scale=scale, max_count=max_count)
 
     @cached_property
     def _decode_program(self) -> Program:
@@ -270,7 +271,7 @@ class Model:
     def _decode_attention(
         self, layer: Layer, residual: Buffer, new_residual: Buffer, *, add: bool
     ) -> Iterator[Dispatch]:
-        k, eps = self._kernels, self.config.rms_norm_eps
+        k, eps = self.kernels, self.config.rms_norm_eps
         for part in layer.qkv.parts:
             yield k.norm_matvec(
                 part, self.state, residual, self.y, layer.attention_norms, new_residual, self.qkv, eps=eps, add=add
@@ -296,7 +297,7 @@ class Model:
             yield k.matvec(part, self.attended, self.y)
 
     def _decode_feedforward(self, layer: Layer, residual: Buffer, new_residual: Buffer) -> Iterator[Dispatch]:
-        k, eps = self._kernels, self.config.rms_norm_eps
+        k, eps = self.kernels, self.config.rms_norm_eps
         fused = len(layer.gate_up.parts) == 1
         for part in layer.gate_up.parts:
             yield k.norm_matvec(
@@ -329,7 +330,7 @@ class Model:
         return self._prefill_programs[size]
 
     def _prefill_norm(self, norms: Buffer, *, add: bool, max_count: int) -> Dispatch:
-        return self._kernels.rms_norm(
+        return self.kernels.rms_norm(
             self.state,
             self.residuals[0],
             self.y,
@@ -345,7 +346,7 @@ class Model:
         self, matrix: Matrix, x: Buffer, y: Buffer, *, scale: float = 1.0, max_count: int
     ) -> Iterator[Dispatch]:
         for part in matrix.parts:
-            yield self._kernels.matmul(part, self.state, x, y, stride=matrix.rows, scale=scale, max_count=max_count)
+            yield self.kernels.matmul(part, self.state, x, y, stride=matrix.rows, scale=scale, max_count=max_count)
 
     def _prompt_matmul(
         self, matrix: Matrix, x: Buffer, y: Buffer, *, scale: float = 1.0, max_count: int
@@ -354,7 +355,7 @@ class Model:
         if not self.int8 or not all(part.layout.is_integer for part in matrix.parts):
             yield from self._matmul(matrix, x, y, scale=scale, max_count=max_count)
             return
-        k, q, factors, cols = self._kernels, self.quantized, self.quantized_factors, matrix.parts[0].cols
+        k, q, factors, cols = self.kernels, self.quantized, self.quantized_factors, matrix.parts[0].cols
         yield k.quantize(self.state, x, q, factors, size=cols, max_count=max_count)
         for part in matrix.parts:
             yield k.matmul_int8(part, self.state, q, factors, y, stride=matrix.rows, scale=scale, max_count=max_count)
@@ -362,7 +363,7 @@ class Model:
     def _prefill_heads(self, layer: Layer, n: int, *, add: bool) -> Iterator[Dispatch]:
         yield self._prefill_norm(layer.attention_norms, add=add, max_count=n)
         yield from self._prompt_matmul(layer.qkv, self.normed, self.qkv, max_count=n)
-        yield self._kernels.qk_norm_rope(
+        yield self.kernels.qk_norm_rope(
             layer.attention,
             self.state,
             self.qkv,
@@ -375,7 +376,7 @@ class Model:
         )
 
     def _prefill_attention(self, layer: Layer, n: int, *, add: bool) -> Iterator[Dispatch]:
-        k, shape = self._kernels, layer.attention
+        k, shape = self.kernels, layer.attention
         yield from self._prefill_heads(layer, n, add=add)
         yield k.attention_prefill(
             shape,
@@ -397,7 +398,7 @@ class Model:
     def _prefill_feedforward(self, layer: Layer, n: int) -> Iterator[Dispatch]:
         yield self._prefill_norm(layer.feedforward_norms, add=True, max_count=n)
         yield from self._prompt_matmul(layer.gate_up, self.normed, self.gate_up, max_count=n)
-        yield self._kernels.geglu(
+        yield self.kernels.geglu(
             self.state,
             self.gate_up,
             self.chunk_gated,
@@ -411,7 +412,7 @@ class Model:
     @cached_property
     def _head_program(self) -> Program:
         """The logits of the last token. Its norm is on its own: too many workgroups would repeat it."""
-        norm = self._kernels.rms_norm(
+        norm = self.kernels.rms_norm(
             self.state,
             self.residuals[0],
             self.y,
@@ -424,13 +425,13 @@ class Model:
             last=True,
             half=False,
         )
-        parts = [self._kernels.matvec(part, self.final, self.logits) for part in self.embedding.parts]
+        parts = [self.kernels.matvec(part, self.final, self.logits) for part in self.embedding.parts]
         return self.device.record([norm, *parts])
 
     @cached_property
     def _sample_program(self) -> Program:
         """The next token out of the logits, appended to the sequence."""
-        k, vocab = self._kernels, self.drawable
+        k, vocab = self.kernels, self.drawable
         return self.device.record(
             [
                 k.logits_scan(self.state, self.sampling, self.seen, self.logits, self.summaries, vocab=vocab),
@@ -469,14 +470,24 @@ class Model:
         if self.turn != turn:
             raise RequestError("this generation ended when the model was given something else to do")
 
-    async def prefill(self) -> None:
-        """What of the sequence is not in the cache through the layers, in chunks."""
-        turn, length, first = self.turn, len(self.sequence.ids), self.sequence.computed
-        for start in range(first, length, self.prefill_chunk):
-            if start > first:  # never more than a chunk ahead of the GPU, so that an interrupt is heard
-                await self.device.read(self.state)
-                self.check(turn)
+    def chunks(self) -> Iterator[bool]:
+        """What of the sequence is not in the cache through the layers, by chunks; after each, if more come."""
+        turn, length = self.turn, len(self.sequence.ids)
+        for start in range(self.sequence.computed, length, self.prefill_chunk):
+            self.check(turn)
             self._prefill_one(start, min(self.prefill_chunk, length - start))
+            yield start + self.prefill_chunk < length
+
+    def check_token(self, token: int) -> None:
+        """Raise DeviceError for a token that was chosen from logits that are no numbers."""
+        if token >= self.config.vocab_size:
+            raise DeviceError(f"{self.device.info} computed logits that are no numbers; try precision='f32'")
+
+    async def prefill(self) -> None:
+        """All of `chunks`, never more than one ahead of the GPU, so that an interrupt is heard."""
+        for more in self.chunks():
+            if more:
+                await self.device.read(self.state)
 
     def _prefill_one(self, position: int, count: int) -> None:
         """Tokens [position, position + count) of the sequence, at most `prefill_chunk`, through the layers."""
@@ -497,10 +508,14 @@ class Model:
         self.sequence.advance(position)
         return self.device.read(self.tokens, 4 * position, 4, after=self.decode_programs)
 
+    def read_logits(self) -> Awaitable[NDArray[np.uint8]]:
+        """What the last step sampled from: float32 (vocab_size,)."""
+        return self.device.read(self.logits, 0, 4 * self.config.vocab_size)
+
     @property
     def tuning(self) -> Tuning:
         """The variants of the kernels that are used."""
-        return self._kernels.tuning
+        return self.kernels.tuning
 
     @property
     def sample_programs(self) -> list[Program]:
@@ -565,7 +580,7 @@ class Model:
         return sum(len(program.dispatches) for program in self.decode_programs)
 
     def _set_state(self, position: int, count: int, first: int = 0) -> None:
-        self.device.write(self.state, np.array([position, count, first, 0], np.uint32))
+        self.device.write(self.state, np.array([position, count, first, 0, 0], np.uint32))
 
 
 def expected_bytes(

@@ -20,8 +20,8 @@ from rich.markdown import Markdown
 from gemma_wgpu.conversation import Conversation
 from gemma_wgpu.errors import GemmaError, RequestError
 from gemma_wgpu.gemma import Gemma
-from gemma_wgpu.generate import Piece, Stats
 from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.text import Piece, Stats
 
 _QUOTES = '"""'
 _FENCE = "```"

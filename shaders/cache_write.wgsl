@@ -1,7 +1,7 @@
 // The keys and values of a prompt's tokens into the cache, after its attention: a ring of CAPACITY slots, in which position
 // p lies at slot p % CAPACITY. Of a chunk longer than the ring, the last CAPACITY tokens remain.
 //
-// keys, values half [max count, SIZE]      key_cache, value_cache half [CAPACITY, SIZE]
+// keys, values half [max count, SIZE]      key_cache, value_cache half [slots, CAPACITY, SIZE]
 // Grid: x = vectors of four of a token / 64, y = token.
 override SIZE: u32;
 override CAPACITY: u32;
@@ -17,7 +17,7 @@ override CAPACITY: u32;
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     let size = SIZE / 4u;
     if id.x >= size || id.y >= state.count || id.y + CAPACITY < state.count { return; }
-    let slot = (state.position + id.y) % CAPACITY;
-    key_cache[slot * size + id.x] = keys[id.y * size + id.x];
-    value_cache[slot * size + id.x] = values[id.y * size + id.x];
+    let at = (state.slot * CAPACITY + (state.position + id.y) % CAPACITY) * size + id.x;
+    key_cache[at] = keys[id.y * size + id.x];
+    value_cache[at] = values[id.y * size + id.x];
 }

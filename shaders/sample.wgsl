@@ -133,6 +133,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         tokens[state.slot * CONTEXT + position] = token;
         states[group.x].position = position;
         states[group.x].count = 1u;
+        states[group.x].token = token;
         if token < VOCAB { seen[state.slot * ((STRIDE + 31u) / 32u) + token / 32u] |= 1u << (token % 32u); }
     }
 }

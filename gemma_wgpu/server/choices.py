@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gemma_wgpu.generate import Generation, Logprobs, Piece
+from gemma_wgpu.generate import Generation
 from gemma_wgpu.server.schemas import (
     ChatChoice,
     ChatChunk,
@@ -29,6 +29,7 @@ from gemma_wgpu.server.schemas import (
     TokenLogprob,
     Usage,
 )
+from gemma_wgpu.text import Logprobs, Piece
 from gemma_wgpu.tokenizer import Tokenizer
 
 

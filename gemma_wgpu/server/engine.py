@@ -14,7 +14,8 @@ from typing import Self
 
 from gemma_wgpu.errors import DeviceError, GemmaError
 from gemma_wgpu.gemma import Gemma
-from gemma_wgpu.generate import Generation, Piece, Stats
+from gemma_wgpu.generate import Generation
+from gemma_wgpu.text import Piece, Stats
 
 log = logging.getLogger(__name__)
 

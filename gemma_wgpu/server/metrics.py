@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemma_wgpu.gemma import Gemma
-from gemma_wgpu.generate import Stats
 from gemma_wgpu.server.engine import Engine
+from gemma_wgpu.text import Stats
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 _SPEEDS = (1, 3, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500)

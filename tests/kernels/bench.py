@@ -72,7 +72,7 @@ class Bench:
 
     def state(self, position: int, count: int = 1, first: int = 0) -> Buffer:
         """The struct State of state.wgsl."""
-        return self.put([position, count, first, 0], np.uint32)
+        return self.put([position, count, first, 0, 0], np.uint32)
 
     def part(self, packed: Packed, first_row: int = 0) -> Part:
         quants, scales = self.put(packed.quants, np.uint32), self.put(packed.scales, np.uint32)
