@@ -19,7 +19,7 @@ from gemma_wgpu.weights.upload import Matrix
 _STATE_WORDS = STATE_BYTES // 4
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """A sequence of a batch: where its cache is, and the position of its last token, which is to be computed next."""
 
@@ -127,7 +127,9 @@ class Batch:
         return member
 
     def leave(self, member: Member) -> None:
-        """Make room for another sequence. Steps that were submitted stay as they are."""
+        """Make room for another sequence; steps that were submitted stay as they are. Does nothing for one that left."""
+        if member not in self.members:
+            return
         self.members.remove(member)
         self._free.append(member.slot)
         self._changed = True
@@ -162,6 +164,7 @@ class Batch:
 
     def close(self) -> None:
         """Free the GPU's memory. Idempotent."""
+        self.turn += 1
         for buffer in self._buffers:
             buffer.destroy()
 

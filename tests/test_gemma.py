@@ -269,7 +269,7 @@ def test_what_a_notebook_shows(gemma: Gemma) -> None:
     assert gemma.device.info.type in gemma.device._repr_html_()
     text = gemma.generate([2], max_new_tokens=3, seed=1)
     assert "Nothing yet" in text._repr_html_()
-    text.text = "a < b"
+    text.draft.text = "a < b"
     list(text)
     assert "a &lt; b" in text._repr_html_()
     assert "3 new ones" in text._repr_html_()

@@ -497,7 +497,7 @@ def test_prompts_that_are_wrong(scripted: Gemma) -> None:
         ([5, vocab], f"token id {vocab} is outside the vocabulary of {vocab}"),
         ([1 << 40], f"token id {1 << 40} "),
         ([2.0], "token ids must be integers, not float"),
-        (["a"], "token ids must be integers, not str"),
+        ([5, "a"], "token ids must be integers, not str"),
         ([None], "token ids must be integers, not NoneType"),
         (prompt(CONTEXT + 1), "the prompt has 129 tokens, more than the context_length of 128"),
         ("ab" * CONTEXT, "the prompt has 257 tokens, more than the context_length of 128"),
