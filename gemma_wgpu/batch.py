@@ -127,7 +127,7 @@ class Batch:
         return member
 
     def leave(self, member: Member) -> None:
-        """Make room for another sequence; steps that were submitted stay as they are. Does nothing for one that left."""
+        """Make room for another sequence; what was submitted stays as it is. Does nothing for one that left."""
         if member not in self.members:
             return
         self.members.remove(member)
