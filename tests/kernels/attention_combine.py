@@ -17,32 +17,37 @@ class Case:
     head_dim: int
     splits: int
     half: bool = False
+    sequences: int = 1
 
 
-CASES = (Case(4, 256, 16), Case(4, 256, 4, half=True), Case(1, 32, 2), Case(8, 64, 1))
+CASES = (Case(4, 256, 16), Case(4, 256, 4, half=True), Case(1, 32, 2), Case(8, 64, 1), Case(4, 64, 3, sequences=5))
 
 
 async def check(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.splits)
     shape = shape_of(case.heads, 1, case.head_dim, 512, 512)
-    shares = rng.standard_normal((case.splits, case.heads, case.head_dim)).astype(np.float32)
-    stats = np.empty((case.splits, case.heads, 2), np.float32)
-    stats[..., 0] = rng.standard_normal((case.splits, case.heads)) * rng.choice((1, 50), case.heads)
-    stats[..., 1] = rng.uniform(1, 100, (case.splits, case.heads))
+    n = case.sequences
+    shares = rng.standard_normal((n, case.splits, case.heads, case.head_dim)).astype(np.float32)
+    stats = np.empty((n, case.splits, case.heads, 2), np.float32)
+    stats[..., 0] = rng.standard_normal((n, case.splits, case.heads)) * rng.choice((1, 50), case.heads)
+    stats[..., 1] = rng.uniform(1, 100, (n, case.splits, case.heads))
     if case.splits > 1:  # a share of no positions, as attention_decode.wgsl leaves it
-        shares[-1], stats[-1] = 0, (-1e30, 0)
+        shares[:, -1], stats[:, -1] = 0, (-1e30, 0)
     with Bench(device, half=case.half) as bench:
-        out = bench.blank(case.heads + 1, case.head_dim)
+        out = bench.blank(n * case.heads + 1, case.head_dim)
         bench.run(
-            bench.kernels.attention_combine(shape, bench.put(shares), bench.put(stats), out, splits=case.splits)
+            bench.kernels.attention_combine(
+                shape, bench.put(shares), bench.put(stats), out, splits=case.splits, sequences=n
+            )
         )
-        actual = await bench.get(out, case.heads + 1, case.head_dim)
+        actual = await bench.get(out, n * case.heads + 1, case.head_dim)
 
     highest, total = np.moveaxis(stats.astype(np.float64), -1, 0)
-    share = np.exp(highest - highest.max(axis=0))
-    total = np.einsum("sh,sh->h", share, total)[:, None]
-    exact = np.einsum("sh,shd->hd", share, shares) / total
+    share = np.exp(highest - highest.max(axis=1, keepdims=True))
+    total = np.einsum("nsh,nsh->nh", share, total)[..., None]
+    exact = np.einsum("nsh,nshd->nhd", share, shares) / total
     # exp is good to 5 + 2 |x| units in the last place; past 100 the share is too small to see.
-    magnitude = np.einsum("sh,shd->hd", share, np.abs(shares)) / total
-    close("out", actual[:-1], exact, 2 * F32_SUM * (magnitude + np.abs(exact)))
+    magnitude = np.einsum("nsh,nshd->nhd", share, np.abs(shares)) / total
+    tolerance = 2 * F32_SUM * (magnitude + np.abs(exact))
+    close("out", actual[:-1], exact.reshape(-1, case.head_dim), tolerance.reshape(-1, case.head_dim))
     same("rows outside", actual[-1], UNTOUCHED)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.kernels import Attention
 from tests.kernels.bench import F16, F16_SMALLEST, F32, UNTOUCHED, Bench, close, normalize, same
 from tests.kernels.heads import EPS, POISON, attend, reach, rope_table, rotate, shape_of
 
@@ -23,6 +25,7 @@ class Case:
     theta: float = 1e4
     gain: float = 1.0  # of the queries: large ones make the softmax sharp
     spare: int = 0  # slots of the ring beyond the window
+    together: bool = False  # a sequence each of the positions
 
 
 # Few shapes in float16, since a CPU adapter compiles this shader for seconds.
@@ -36,6 +39,8 @@ CASES = (
     Case(2, 1, 64, 24, 3, (0, 1, 2, 3, 23, 24, 25, 100), half=False),
     Case(8, 4, 64, 33, 2, (0, 1, 31, 32, 33, 66), half=True),
     Case(4, 2, 64, 20, 5, (0, 4, 5, 18, 19, 20, 259), half=True),
+    Case(2, 1, 64, 24, 3, (0, 1, 2, 3, 23, 24, 25, 100), half=False, together=True),
+    Case(4, 1, 256, 544, 1, (0, 510, 600), half=False, spare=32, together=True),
 )
 
 
@@ -44,24 +49,28 @@ async def check(device: Device, case: Case) -> None:
     window = case.capacity - case.spare
     shape = shape_of(case.heads, case.kv_heads, case.head_dim, window, case.capacity)
     norms = (rng.uniform(0.5, 1.5, (2, case.head_dim)) * [[case.gain], [1]]).astype(np.float32)
-    cache_shape = case.capacity, case.kv_heads, case.head_dim
-    out_shape = case.splits, case.heads, case.head_dim
+    steps = [case.positions] if case.together else [(position,) for position in case.positions]
     with Bench(device, half=case.half) as bench:
         norms_buffer, rope = (
             bench.put(norms),
             bench.put(rope_table(case.head_dim, case.theta, max(case.positions) + 1)),
         )
-        for position in case.positions:
-            slots = np.arange(max(0, position + 1 - window), position) % case.capacity
+        for positions in steps:
+            count = len(positions)
+            places = rng.permutation(count + 1)[:count] if case.together else [0]
+            cache_shape = max(places) + 1, case.capacity, case.kv_heads, case.head_dim
+            out_shape = count, case.splits, case.heads, case.head_dim
             caches = np.full((2, *cache_shape), POISON, bench.half)
-            caches[:, slots] = rng.standard_normal((2, len(slots), *cache_shape[1:]))
+            for position, place in zip(positions, places, strict=True):
+                slots = np.arange(max(0, position + 1 - window), position) % case.capacity
+                caches[:, place, slots] = rng.standard_normal((2, len(slots), *cache_shape[2:]))
             key_cache, value_cache = (bench.put(cache, bench.half) for cache in caches)
-            qkv = rng.standard_normal((case.heads + 2 * case.kv_heads, case.head_dim)).astype(np.float32)
-            out, stats = bench.blank(*out_shape), bench.blank(case.splits, case.heads, 2)
+            qkv = rng.standard_normal((count, case.heads + 2 * case.kv_heads, case.head_dim)).astype(np.float32)
+            out, stats = bench.blank(*out_shape), bench.blank(*out_shape[:-1], 2)
             bench.run(
                 bench.kernels.attention_decode(
                     shape,
-                    bench.state(position),
+                    bench.states(positions, places),
                     bench.put(qkv),
                     norms_buffer,
                     rope,
@@ -70,38 +79,60 @@ async def check(device: Device, case: Case) -> None:
                     out,
                     stats,
                     splits=case.splits,
+                    sequences=count,
                 )
             )
-            after = [await bench.get(cache, *cache_shape, dtype=bench.half) for cache in (key_cache, value_cache)]
-            actual = await bench.get(out, *out_shape)
-            highest, total = np.moveaxis(await bench.get(stats, case.splits, case.heads, 2), -1, 0)
-
-            q, k, v = np.split(qkv.astype(np.float64)[None], (case.heads, case.heads + case.kv_heads), axis=1)
-            q, k = normalize(q, norms[0], EPS) * shape.scale, normalize(k, norms[1], EPS)
-            at, k_error = np.array([position]), F32 * reach(k)
-            q, k = rotate(q, at, case.theta), rotate(k, at, case.theta)
-            v_error = np.zeros_like(v)
-            if case.half:
-                k_error, v_error = (e + F16 * np.abs(a) + F16_SMALLEST for e, a in ((k_error, k), (v_error, v)))
-            slot = position % case.capacity
-            for name, cache, before, new, error in zip(
-                ("key", "value"), after, caches, (k, v), (k_error, v_error), strict=True
-            ):
-                close(f"new {name} at position {position}", cache[[slot]], new, error)
-                same(f"{name}s outside", np.delete(cache, slot, 0), np.delete(before, slot, 0))
-
-            keys, values = (
-                np.concatenate((cache[slots], new))
-                for cache, new in zip(caches.astype(np.float64), (k, v), strict=True)
+            after = np.stack(
+                [await bench.get(cache, *cache_shape, dtype=bench.half) for cache in (key_cache, value_cache)]
             )
-            errors = np.concatenate((np.zeros((len(slots), *k.shape[1:])), k_error))
-            visible = np.ones((1, len(keys)), np.bool_)
-            exact, tolerance, weights = attend(q, keys, values, visible, errors)
-            tolerance += weights[..., -1:] * np.repeat(v_error, case.heads // case.kv_heads, axis=1)
-            if case.splits == 1:
-                same("stats", highest, UNTOUCHED)
-                merged = actual[0]
-            else:
-                share = np.exp(highest.astype(np.float64) - highest.max(axis=0))
-                merged = np.einsum("sh,shd->hd", share, actual) / np.einsum("sh,sh->h", share, total)[:, None]
-            close(f"out at position {position}", merged, exact[0], tolerance[0])
+            actual = await bench.get(out, *out_shape)
+            shares = await bench.get(stats, *out_shape[:-1], 2)
+            for row, (position, place) in enumerate(zip(positions, places, strict=True)):
+                rings = caches[:, place], after[:, place]
+                _check_row(case, shape, position, norms, qkv[row], *rings, actual[row], shares[row])
+            unused = np.setdiff1d(np.arange(cache_shape[0]), places)
+            same("caches of others", after[:, unused], caches[:, unused])
+
+
+def _check_row(
+    case: Case,
+    shape: Attention,
+    position: int,
+    norms: NDArray[np.float32],
+    qkv: NDArray[np.float32],
+    caches: NDArray[np.floating],
+    after: NDArray[np.floating],
+    actual: NDArray[np.float32],
+    stats: NDArray[np.float32],
+) -> None:
+    """One sequence: its keys and values before and after, what came out, and the softmax of its shares."""
+    highest, total = np.moveaxis(stats, -1, 0)
+    slots = np.arange(max(0, position + 1 - shape.window), position) % case.capacity
+    q, k, v = np.split(qkv.astype(np.float64)[None], (case.heads, case.heads + case.kv_heads), axis=1)
+    q, k = normalize(q, norms[0], EPS) * shape.scale, normalize(k, norms[1], EPS)
+    at, k_error = np.array([position]), F32 * reach(k)
+    q, k = rotate(q, at, case.theta), rotate(k, at, case.theta)
+    v_error = np.zeros_like(v)
+    if case.half:
+        k_error, v_error = (e + F16 * np.abs(a) + F16_SMALLEST for e, a in ((k_error, k), (v_error, v)))
+    slot = position % case.capacity
+    for name, cache, before, new, error in zip(
+        ("key", "value"), after, caches, (k, v), (k_error, v_error), strict=True
+    ):
+        close(f"new {name} at position {position}", cache[[slot]], new, error)
+        same(f"{name}s outside", np.delete(cache, slot, 0), np.delete(before, slot, 0))
+
+    keys, values = (
+        np.concatenate((cache[slots], new)) for cache, new in zip(caches.astype(np.float64), (k, v), strict=True)
+    )
+    errors = np.concatenate((np.zeros((len(slots), *k.shape[1:])), k_error))
+    visible = np.ones((1, len(keys)), np.bool_)
+    exact, tolerance, weights = attend(q, keys, values, visible, errors)
+    tolerance += weights[..., -1:] * np.repeat(v_error, case.heads // case.kv_heads, axis=1)
+    if case.splits == 1:
+        same("stats", highest, UNTOUCHED)
+        merged = actual[0]
+    else:
+        share = np.exp(highest.astype(np.float64) - highest.max(axis=0))
+        merged = np.einsum("sh,shd->hd", share, actual) / np.einsum("sh,sh->h", share, total)[:, None]
+    close(f"out at position {position}", merged, exact[0], tolerance[0])

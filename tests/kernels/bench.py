@@ -5,6 +5,7 @@ A check needs numpy and a `Device`, nothing else, so that it runs wherever there
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -73,6 +74,10 @@ class Bench:
     def state(self, position: int, count: int = 1, first: int = 0) -> Buffer:
         """The struct State of state.wgsl."""
         return self.put([position, count, first, 0, 0], np.uint32)
+
+    def states(self, positions: Sequence[int], slots: Sequence[int], count: int = 1) -> Buffer:
+        """The struct State of state.wgsl, of several sequences."""
+        return self.put([[p, count, 0, slot, 0] for p, slot in zip(positions, slots, strict=True)], np.uint32)
 
     def part(self, packed: Packed, first_row: int = 0) -> Part:
         quants, scales = self.put(packed.quants, np.uint32), self.put(packed.scales, np.uint32)

@@ -40,12 +40,12 @@ async def check(device: Device, case: Case) -> None:
         keys, values = rng.standard_normal((2, MAX_COUNT, size)).astype(bench.half)
         inputs = bench.put(keys, bench.half), bench.put(values, bench.half)
         for position, count in case.chunks:
-            caches = [bench.blank(case.capacity, size, dtype=bench.half) for _ in range(2)]
-            state = bench.state(position, count)
+            caches = [bench.blank(3, case.capacity, size, dtype=bench.half) for _ in range(2)]
+            state = bench.states([position], [position % 3], count)
             bench.run(bench.kernels.cache_write(shape, state, *inputs, *caches, max_count=MAX_COUNT))
             for rows, cache in zip((keys, values), caches, strict=True):
-                expected = np.full((case.capacity, size), UNTOUCHED)
+                expected = np.full((3, case.capacity, size), UNTOUCHED)
                 for i in range(count):  # in order, so that the last of those on a slot stays
-                    expected[(position + i) % case.capacity] = rows[i]
-                actual = await bench.get(cache, case.capacity, size, dtype=bench.half)
+                    expected[position % 3, (position + i) % case.capacity] = rows[i]
+                actual = await bench.get(cache, *expected.shape, dtype=bench.half)
                 same(f"cache after position {position}, {count} tokens", actual, expected)

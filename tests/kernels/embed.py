@@ -20,6 +20,7 @@ class Case:
     first_row: int = 0
     scale: float = 25.298221281347036
     half: bool = False
+    together: bool = False  # a token each of as many sequences
 
 
 CASES = (
@@ -28,6 +29,7 @@ CASES = (
     Case(Layout.INT4, 64, 640, (127, 64, 63, 0, 128, 100), first_row=64),
     Case(Layout.INT4_OFFSET, 100, 1152, (99, 1), scale=33.941125496954285),
     Case(Layout.INT4_SUPER, 3, 6912, (2, 0)),
+    Case(Layout.INT8, 37, 640, (30, 2, 17, 2), together=True),
     Case(Layout.INT8, 262144, 32, (262143, 0, 65536, 131071)),
 )
 
@@ -37,11 +39,19 @@ async def check(device: Device, case: Case) -> None:
     packed = random_packed(rng, case.layout, case.rows, case.cols)
     position, count = 3, len(case.tokens)
     with Bench(device, half=case.half) as bench:
-        state = bench.state(position, count)
-        tokens = bench.put([case.rows] * position + list(case.tokens) + [0], np.uint32)
         residual = bench.blank(count + 2, case.cols)
         part = bench.part(packed, case.first_row)
-        bench.run(bench.kernels.embed(part, state, tokens, residual, scale=case.scale, max_count=count + 2))
+        if case.together:
+            places, positions = rng.permutation(count + 1)[:count], rng.integers(0, 9, count)
+            rows = np.full((count + 1, 9), case.rows)
+            rows[places, positions] = case.tokens
+            state, tokens = bench.states(positions, places), bench.put(rows, np.uint32)
+            several = {"sequences": count, "context": 9}
+        else:
+            state = bench.state(position, count)
+            tokens = bench.put([case.rows] * position + list(case.tokens) + [0], np.uint32)
+            several = {"max_count": count + 2}
+        bench.run(bench.kernels.embed(part, state, tokens, residual, scale=case.scale, **several))
         actual = await bench.get(residual, count + 2, case.cols)
 
     weights = packed.dequantize().astype(np.float64)

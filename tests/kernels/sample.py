@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,9 @@ from tests.kernels.drawing import NOISE, allowed, bits, gumbel, temper
 
 @dataclass(frozen=True)
 class Case:
-    """`logits`: how they are spread. `by_seed`: each draw has its own seed at one position, else its own position."""
+    """`logits`: how they are spread. `by_seed`: each draw has its own seed at one position, else its own position.
+    `together`: the draws are of as many sequences, with and without the options by turns.
+    """
 
     vocab: int
     logits: str
@@ -28,6 +31,7 @@ class Case:
     repetition_penalty: float = 1.0
     by_seed: bool = False
     half: bool = False
+    together: bool = False
 
 
 SMALL, LARGE = 1500, 262144
@@ -51,6 +55,8 @@ CASES = (
     Case(SMALL, "equal", 300, top_k=3),  # equal ones stay together
     Case(SMALL, "steps", 500, top_k=64, top_p=0.5),
     Case(SMALL, "steps", 20, temperature=0.0),
+    Case(SMALL, "normal", 9, top_k=40, top_p=0.9, temperature=1.5, repetition_penalty=1.3, together=True),
+    Case(SMALL, "steps", 9, temperature=0.0, together=True),
     Case(LARGE, "normal", 10, top_k=64, top_p=0.95, half=True),
     Case(LARGE, "flat", 3, top_p=0.9, half=True),
     Case(LARGE, "flat", 3, top_k=100_000, top_p=0.7, min_p=0.001, repetition_penalty=1.1, half=True),
@@ -80,10 +86,13 @@ def _logits(rng: np.random.Generator, case: Case) -> NDArray[np.float32]:
 
 
 async def check(device: Device, case: Case) -> None:
+    if case.together:
+        await _check_together(device, case)
+        return
     rng = np.random.default_rng(case.vocab + case.draws)
     logits, seen = _logits(rng, case), rng.random(case.vocab) < 0.1
     parts = -(-case.vocab // VOCABULARY_PART)
-    options = {name: getattr(case, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    options = _options(case)
     draws = [(i + 1, 41) if case.by_seed else (0x89ABCDEF, i + 2) for i in range(case.draws)]  # seed, position
     context = 1 + max(position for _, position in draws)
     chosen = []
@@ -127,6 +136,51 @@ async def check(device: Device, case: Case) -> None:
     _check_draws(tempered, kept, draws, chosen)
     if case.draws >= 1000:
         _check_frequencies(tempered, kept, chosen)
+
+
+def _options(case: Case) -> dict[str, Any]:
+    return {name: getattr(case, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+
+
+async def _check_together(device: Device, case: Case) -> None:
+    rng = np.random.default_rng(case.draws)
+    count, parts, context, stride = case.draws, -(-case.vocab // VOCABULARY_PART), 50, case.vocab + 37
+    logits = np.stack([np.pad(_logits(rng, case), (0, stride - case.vocab)) for _ in range(count)])
+    seen = rng.random((count + 2, stride)) < 0.1
+    seen_words = np.stack([bits(row) for row in seen])
+    slots, positions = rng.permutation(count + 2)[:count], rng.integers(0, context - 1, count)
+    samplings = [
+        Sampling(**(_options(case) if i % 2 else {"top_k": 0, "top_p": 1.0}), seed=i * 0x12345) for i in range(count)
+    ]
+    with Bench(device, half=case.half) as bench:
+        states, tokens = bench.states(positions, slots), bench.put(np.zeros((count + 2, context)), np.uint32)
+        sampling = bench.put(np.concatenate([each.words() for each in samplings]), np.uint32)
+        seen_buffer, logits_buffer = bench.put(seen_words, np.uint32), bench.put(logits)
+        summaries = bench.blank(count, parts, 4)
+        several = {"vocab": case.vocab, "sequences": count, "stride": stride}
+        kernels, rest = bench.kernels, (logits_buffer, summaries)
+        bench.run(
+            kernels.logits_scan(states, sampling, seen_buffer, *rest, **several),
+            kernels.sample(states, sampling, *rest, tokens, seen_buffer, context=context, **several),
+        )
+        after = await bench.get(states, count, 5, dtype=np.uint32)
+        tokens_after = await bench.get(tokens, count + 2, context, dtype=np.uint32)
+        seen_after = await bench.get(seen_buffer, *seen_words.shape, dtype=np.uint32)
+
+    chosen = after[:, 4]
+    same("states", after, np.stack((positions + 1, np.ones(count), np.zeros(count), slots, chosen), axis=1))
+    expected_tokens, expected_seen = np.zeros((count + 2, context)), seen.copy()
+    expected_tokens[slots, positions + 1] = chosen
+    expected_seen[slots, chosen] = True
+    same("tokens", tokens_after, expected_tokens)
+    assert np.array_equal(seen_after, [bits(row) for row in expected_seen]), "seen"
+    for i, (slot, position, token, of_row) in enumerate(zip(slots, positions, chosen, samplings, strict=True)):
+        tempered = temper(logits[i, : case.vocab], seen[slot, : case.vocab], of_row)
+        if of_row.temperature == 0:
+            same("the likeliest token, the lowest of equals", np.array([token]), np.argmax(tempered))
+        else:
+            draw = (of_row.seed or 0, int(position) + 1)
+            _check_draws(tempered, allowed(tempered, of_row), [draw], [int(token)])
 
 
 def _check_draws(tempered: Floats, kept: NDArray[np.bool_], draws: list[tuple[int, int]], chosen: list[int]) -> None:
