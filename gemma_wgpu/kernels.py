@@ -318,6 +318,11 @@ class Kernels:
         constants = {"HEADS": shape.heads, "SPLITS": splits, "WORKGROUP_SIZE": shape.head_dim // 4}
         return self._dispatch("attention_combine", constants, (shares, stats, out), shape.heads, sequences)
 
+    def mask(self, mask: Buffer, logits: Buffer, *, vocab: int, sequences: int = 1, stride: int = 0) -> Dispatch:
+        """Leave only the tokens whose bit is set to be drawn."""
+        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "STRIDE": stride, "WORKGROUP_SIZE": _REDUCE}
+        return self._dispatch("mask", constants, (mask, logits), ceil_div(vocab, VOCABULARY_PART), sequences)
+
     def logits_scan(
         self,
         state: Buffer,

@@ -4,7 +4,8 @@
 //     top_k: the k-th highest logit         top_p: the highest t with sum_{l >= t} softmax(l) >= top_p, among the top k
 //     min_p: the highest logit + ln min_p
 // The first two are found bit by bit, each bit by a count over the candidates. Candidates are the tokens within DEPTH of
-// the highest logit, at most MINE a thread; where the threshold may lie lower, the whole vocabulary is searched.
+// the highest logit, or all that mask.wgsl left where those are fewer than top_k, at most MINE a thread; where the
+// threshold may lie lower, the whole vocabulary is searched.
 //
 // states are advanced      logits f32 [sequences, STRIDE], as logits_scan.wgsl leaves them      summaries [sequences, PARTS]
 // samplings [sequences]      tokens u32 [slots, CONTEXT]      seen: a bit a token [slots, STRIDE]
@@ -76,12 +77,16 @@ fn amount(thread: u32, lowest: u32, by_mass: bool, highest: f32) -> f32 {
 
 fn filtered(thread: u32, sampling: Sampling, all: Summary, position: u32) -> u32 {
     collect(thread, all.highest - DEPTH);
-    let sums = workgroup_sums(thread, vec4(select(0.0, 1.0, mine_count > MINE), f32(mine_count), 0.0, 0.0));
-    let overflow = sums.x > 0.0;
+    let near = workgroup_sums(thread, vec4(f32(mine_count), 0.0, 0.0, 0.0)).x;
+    if near < f32(sampling.top_k) {
+        mine_count = 0u;
+        collect(thread, 0.5 * NOTHING.highest);  // all that can be drawn: mask.wgsl may have left only a few
+    }
+    let overflow = workgroup_sums(thread, vec4(select(0.0, 1.0, mine_count > MINE), 0.0, 0.0, 0.0)).x > 0.0;
     mine_count = min(mine_count, MINE);
     var nucleus = sampling.top_p * all.sum;
     if sampling.top_k > 0u {
-        search_all = overflow || sums.y < f32(sampling.top_k);
+        search_all = overflow;
     } else if sampling.top_p < 1.0 {
         search_all = amount(thread, 0u, true, all.highest) < nucleus || overflow;
     } else {

@@ -52,6 +52,7 @@ CASES = (
     Case(SMALL, "peaked", 100, top_k=1000),
     Case(SMALL, "cliff", 100, top_k=1000),
     Case(SMALL, "cliff", 100, top_p=0.95),
+    Case(SMALL, "cliff", 300, top_k=1400, top_p=0.95),
     Case(SMALL, "equal", 300, top_k=3),  # equal ones stay together
     Case(SMALL, "steps", 500, top_k=64, top_p=0.5),
     Case(SMALL, "steps", 20, temperature=0.0),
@@ -61,6 +62,7 @@ CASES = (
     Case(LARGE, "flat", 3, top_p=0.9, half=True),
     Case(LARGE, "flat", 3, top_k=100_000, top_p=0.7, min_p=0.001, repetition_penalty=1.1, half=True),
     Case(LARGE, "peaked", 10, top_p=0.95, half=True),
+    Case(LARGE, "peaked", 3, top_k=64, top_p=0.95, half=True),
     Case(LARGE, "peaked", 5, min_p=0.05, half=True),
     Case(LARGE, "flat", 20, half=True),
 )
