@@ -30,6 +30,8 @@ CONTROL = frozenset(
         "<image_soft_token>",
     }
 )
+# Tokens that no text is made of, though they are no control tokens in every file.
+_UNUSED = re.compile(r"<unused\d+>|<mask>|\[multimodal\]")
 _FOREIGN = "this is not Gemma 3's tokenizer"
 
 
@@ -93,6 +95,21 @@ class Tokenizer(ABC):
         if not 0 <= checked < self.vocab_size:
             raise RequestError(f"token id {checked} is outside the vocabulary of {self.vocab_size}")
         return checked
+
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, in UTF-8; nothing for control tokens and those that no text is made of."""
+        return [self._token_bytes(token) for token in range(self.vocab_size)]
+
+    def _token_bytes(self, token: int) -> bytes:
+        piece = self._piece(token)
+        if token in self.byte_ids:
+            return bytes([_byte_value(piece, "tokenizer")])
+        if token in self.control_ids or _UNUSED.fullmatch(piece):
+            return b""
+        return piece.replace(SPACE, " ").encode()
+
+    @abstractmethod
+    def _piece(self, token: int) -> str: ...
 
     @abstractmethod
     def _encode(self, text: str, control: bool) -> list[int]: ...
@@ -159,6 +176,9 @@ class HFTokenizer(Tokenizer):
             raise ModelError(f"{path}: no token {piece}; {_FOREIGN}")
         return token
 
+    def _piece(self, token: int) -> str:
+        return self._rust.id_to_token(token) or ""
+
     def _encode(self, text: str, control: bool) -> list[int]:
         with self._lock:  # the mode is a property of the shared object
             self._rust.encode_special_tokens = not control
@@ -219,6 +239,9 @@ class BPETokenizer(Tokenizer):
         self.byte_ids = frozenset(self._bytes)
         self.control_ids = frozenset(added[piece] for piece in CONTROL & added.keys())
         self.eos_ids = frozenset(added[piece] for piece in _END if piece in added)
+
+    def _piece(self, token: int) -> str:
+        return self._pieces[token]
 
     def _encode(self, text: str, control: bool) -> list[int]:
         ids: list[int] = []

@@ -92,6 +92,16 @@ def test_encodes_every_piece_as_tokenizers_does(
         assert bpe.encode(text, bos=False) == encoding.ids, text
 
 
+def test_the_bytes_of_every_token(tokenizer: Tokenizer, rust: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
+    silent = {0, 1, 2, 3, 4, 5, 105, 106, 255999, 256000}  # control tokens, <mask> and [multimodal]
+    silent |= {token for token, piece in enumerate(vocabulary.pieces) if piece.startswith("<unused")}
+    assert len(silent) == 10 + 6242
+    texts = rust.decode_batch([[token] for token in range(len(vocabulary.pieces))], skip_special_tokens=False)
+    expected = [b"" if token in silent else text.encode() for token, text in enumerate(texts)]
+    expected[BYTES.start : BYTES.stop] = [bytes([byte]) for byte in range(256)]
+    assert tokenizer.token_bytes() == expected
+
+
 @pytest.mark.parametrize("letters", ["a", "etaoinshrdlu", "的一是在不了有和人这", " ", "\u0378", "> </", "<"])
 def test_encodes_a_word_of_100_000_letters(bpe: BPETokenizer, rust: tokenizers.Tokenizer, letters: str) -> None:
     word = "".join(Random(2).choices(letters, k=100_000))
