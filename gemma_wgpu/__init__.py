@@ -7,7 +7,7 @@ with gemma_wgpu.load("demo") as gemma:
         print(piece, end="", flush=True)
 """
 
-from gemma_wgpu import cache
+from gemma_wgpu import cache, structured
 from gemma_wgpu.errors import DeviceError, GemmaError, ModelError, RequestError
 from gemma_wgpu.gemma import Gemma, load, load_async
 from gemma_wgpu.generate import Generation, Generations
@@ -28,4 +28,5 @@ __all__ = [
     "cache",
     "load",
     "load_async",
+    "structured",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gpu.device import Buffer, Dispatch, Program
 from gemma_wgpu.kernels import VOCABULARY_PART, ceil_div
-from gemma_wgpu.model import STATE_BYTES, Layer, Model
+from gemma_wgpu.model import STATE_BYTES, Layer, Mask, Model
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.weights.upload import Matrix
 
@@ -44,7 +44,7 @@ class Batch:
         self.members: list[Member] = []  # a row of the buffers below each
         self._free = list(reversed(range(size)))
         self._changed = False
-        self._programs: dict[int, Program] = {}
+        self._programs: dict[int, tuple[Program, Program, Program]] = {}  # layers, mask, sampling
         self._buffers: list[Buffer] = []
         try:
             self._allocate()
@@ -78,6 +78,7 @@ class Batch:
         self._gate_up = self._buffer(4 * size * 2 * config.intermediate_size, "batch gate_up")
         self._gated = self._buffer(4 * size * config.intermediate_size, "batch gated")
         self._logits = self._buffer(4 * size * config.vocab_size, "batch logits")
+        self._masks = self._buffer(4 * size * self._seen_words, "batch masks")
         self._summaries = self._buffer(16 * size * ceil_div(config.vocab_size, VOCABULARY_PART), "batch summaries")
         # Of all rows together: their number; and, of the caches of each capacity, what is to be copied.
         self._state = self._buffer(STATE_BYTES, "batch state")
@@ -134,8 +135,8 @@ class Batch:
         self._free.append(member.slot)
         self._changed = True
 
-    def step(self) -> Awaitable[NDArray[np.uint8]]:
-        """The last token of each member through the layers, and the next one chosen.
+    def step(self, masks: Sequence[Mask | None] = ()) -> Awaitable[NDArray[np.uint8]]:
+        """The last token of each member through the layers, and the next one chosen; with `masks` as in `Model`.
 
         The bytes are for `tokens`; `members` says whose they are.
         """
@@ -148,8 +149,23 @@ class Batch:
         for member in self.members:
             member.position += 1
         if count not in self._programs:
-            self._programs[count] = device.record([*self._forward(count), *self._sample(count)])
-        return device.read(self._states, 0, count * STATE_BYTES, after=[self._programs[count]])
+            steps = self._forward(count), [self._mask(count)], self._sample(count)
+            self._programs[count] = device.record([*steps[0]]), device.record(steps[1]), device.record([*steps[2]])
+        layers, mask, sampling = self._programs[count]
+        programs = [layers, sampling]
+        if any(masks):
+            device.submit([layers])
+            self._write_masks(masks)
+            programs = [mask, sampling]
+        return device.read(self._states, 0, count * STATE_BYTES, after=programs)
+
+    def _write_masks(self, masks: Sequence[Mask | None]) -> None:
+        rows = np.full((len(masks), self._seen_words), 0xFFFFFFFF, np.uint32)
+        for row, mask in zip(rows, masks, strict=True):
+            if mask is not None:
+                words = mask()
+                row[: len(words)] = words
+        self.model.device.write(self._masks, rows)
 
     @staticmethod
     def tokens(states: NDArray[np.uint8]) -> list[int]:
@@ -252,6 +268,11 @@ class Batch:
         if splits > 1:
             shares, stats = self._shares, self._share_stats
             yield k.attention_combine(layer.attention, shares, stats, self._attended, splits=splits, sequences=count)
+
+    def _mask(self, count: int) -> Dispatch:
+        model = self.model
+        vocab, stride = model.drawable, model.config.vocab_size
+        return model.kernels.mask(self._masks, self._logits, vocab=vocab, sequences=count, stride=stride)
 
     def _sample(self, count: int) -> Iterator[Dispatch]:
         model, k = self.model, self.model.kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Self, TypedDict, Unpack, cast, overload
 
@@ -21,6 +22,7 @@ from gemma_wgpu.hub import open_model
 from gemma_wgpu.model import PREFILL_CHUNK, Model
 from gemma_wgpu.sampling import Sampling, check_integer
 from gemma_wgpu.scheduler import Scheduler
+from gemma_wgpu.structured import Constraint, Grammars
 from gemma_wgpu.text import Text
 from gemma_wgpu.tokenizer import Tokenizer
 from gemma_wgpu.tuning import tuned
@@ -46,6 +48,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     logprobs: int | None
+    constraint: Constraint | None
 
 
 class Gemma:
@@ -133,13 +136,15 @@ class Gemma:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
+        constraint: Constraint | None = None,
         batch_size: int = _BATCH_SIZE,
     ) -> Generation | Generations:
         """Continue `prompt`, a text (BOS is put in front) or token ids (taken as they are), or a list of such.
 
         The text ends with the model's end token, with a string of `stop` (which is left out), after `max_new_tokens`,
         or where the context is full. With `logprobs`, a Piece has the logarithm of its token's probability, and those
-        of so many of the likeliest tokens, before temperature, top_k, top_p and min_p. The other options are those of
+        of so many of the likeliest tokens, before temperature, top_k, top_p and min_p. With a `constraint` of
+        `gemma_wgpu.structured` the text has that form, and ends when it is complete. The other options are those of
         `Sampling`. Returns a Generation to iterate over.
 
         For a list, Generations: up to `batch_size` texts are computed at once, each with a cache of its own, and the
@@ -152,7 +157,7 @@ class Gemma:
         def text(prompt: str | Sequence[int], index: int) -> Text:
             own = seed if seed is None or not index else (seed + index) % (1 << 32)
             sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, own)
-            return self._text(prompt, sampling, max_new_tokens, stop, logprobs)
+            return self._text(prompt, sampling, max_new_tokens, stop, logprobs, constraint)
 
         if not _is_batch(prompt):
             return Generation(self._model, text(cast("str | Sequence[int]", prompt), 0))
@@ -167,6 +172,7 @@ class Gemma:
         max_new_tokens: int | None,
         stop: str | Sequence[str],
         logprobs: int | None,
+        constraint: Constraint | None,
     ) -> Text:
         checked = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if max_new_tokens is None:
@@ -178,7 +184,14 @@ class Gemma:
             raise RequestError(f"stop is {stop!r}; it must be a text or a list of texts, none of them empty")
         if logprobs is not None:
             check_integer("logprobs", logprobs, 0, self.config.vocab_size - 1)
-        return Text(self.tokenizer, checked, sampling, max_new_tokens, strings, logprobs, self.context_length)
+        matcher = None if constraint is None else self._grammars.matcher(constraint)
+        return Text(
+            self.tokenizer, checked, sampling, max_new_tokens, strings, logprobs, self.context_length, matcher
+        )
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self._model.drawable)
 
     def scheduler(self, batch_size: int) -> Scheduler:
         """What generates texts side by side; it ends the Generations that are under way.
@@ -213,6 +226,7 @@ class Gemma:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
+        constraint: Constraint | None = None,
         batch_size: int = _BATCH_SIZE,
     ) -> Generation | Generations:
         """The model's reply to `messages`: a user's text, or a list of {"role": ..., "content": ...}; or to several.
@@ -230,6 +244,7 @@ class Gemma:
             "seed": seed,
             "stop": stop,
             "logprobs": logprobs,
+            "constraint": constraint,
         }
         if _is_batch(messages):
             chats = cast("list[list[Message]]", messages)

@@ -104,21 +104,22 @@ class Generation(_Stream[Piece]):
     async def tokens(self) -> AsyncIterator[int]:
         """Instead of the Pieces, the tokens as they come from the GPU, whatever they say: past the text's end too.
 
-        The GPU is always some steps ahead of the host.
+        The GPU is always some steps ahead of the host, unless a constraint has to know a token before the next one.
         """
         model, draft, stats, length = self._model, self.draft, self.stats, len(self.draft.prompt)
+        mask = draft.mask
         draft.begin()
         turn = model.begin(draft.prompt, draft.sampling)
         stats.reused_tokens = model.sequence.computed
         await model.prefill()
-        pending = deque([(model.sample(length), self._logits())])
-        stats.dispatches_per_token = model.decode_dispatches
+        pending = deque([(model.sample(length, mask), self._logits())])
+        stats.dispatches_per_token = model.decode_dispatches + bool(mask)
         submitted = 1
         for n in range(1, draft.most + 1):
             # Steps past the end of the text are for nothing, so only as many ahead as a host may be late.
-            ahead = min(1 + int(_LATENESS * stats.decode_tokens_per_second), ROLLBACK)
+            ahead = 0 if mask else min(1 + int(_LATENESS * stats.decode_tokens_per_second), ROLLBACK)
             while submitted < min(draft.most, n + ahead):
-                pending.append((model.decode(length + submitted), self._logits()))
+                pending.append((model.decode(length + submitted, mask), self._logits()))
                 submitted += 1
             chosen, logits = pending.popleft()
             token = int((await chosen).view(np.uint32)[0])

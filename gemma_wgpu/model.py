@@ -7,7 +7,7 @@ decode reads one and writes the other, since all of its workgroups read what one
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +32,10 @@ STATE_BYTES = 20  # the struct State of shaders/state.wgsl
 _SMALLEST_CHUNK = 32
 _ROPE_ROWS = 512  # at a time: memory in a browser is dear
 _LOGITS_BYTES = 64 << 20  # at most, of the buffer that `logits` reads from
+
+
+Mask = Callable[[], NDArray[np.uint32]]
+"""Says which tokens may be drawn next, a bit each: u32 [vocab_size / 32] at most."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,7 @@ class Model:
         # of sampling
         self.sampling = buffer(32, "sampling")
         self.seen = buffer(4 * ceil_div(vocab, 32), "seen")
+        self.mask = buffer(4 * ceil_div(vocab, 32), "mask")
         self.summaries = buffer(16 * ceil_div(vocab, VOCABULARY_PART), "summaries")
 
     # The forward pass, of one token and of a chunk.
@@ -440,6 +445,11 @@ class Model:
         )
 
     @cached_property
+    def _mask_program(self) -> Program:
+        """Of the logits, only those of the tokens in `mask`."""
+        return self.device.record([self.kernels.mask(self.mask, self.logits, vocab=self.drawable)])
+
+    @cached_property
     def _chunk_head(self) -> tuple[int, Buffer, Program]:
         """(n, logits f32 [n, vocab_size], program): the logits of n tokens of a chunk, from token state.first on."""
         vocab = self.config.vocab_size
@@ -499,14 +509,24 @@ class Model:
         self.sequence.advance(position + count)
         return self._decode_program if count == 1 else self._prefill_program(count)
 
-    def sample(self, position: int) -> Awaitable[NDArray[np.uint8]]:
-        """Choose the token after those of the last step, which is that at `position`: its id is in the 4 bytes."""
-        return self.device.read(self.tokens, 4 * position, 4, after=self.sample_programs)
+    def sample(self, position: int, mask: Mask | None = None) -> Awaitable[NDArray[np.uint8]]:
+        """Choose the token after those of the last step, which is that at `position`: its id is in the 4 bytes.
 
-    def decode(self, position: int) -> Awaitable[NDArray[np.uint8]]:
+        `mask` is asked while the GPU computes the logits.
+        """
+        return self._chosen(position, self.sample_programs, mask)
+
+    def decode(self, position: int, mask: Mask | None = None) -> Awaitable[NDArray[np.uint8]]:
         """The last token through the layers, and `sample`."""
         self.sequence.advance(position)
-        return self.device.read(self.tokens, 4 * position, 4, after=self.decode_programs)
+        return self._chosen(position, self.decode_programs, mask)
+
+    def _chosen(self, position: int, programs: list[Program], mask: Mask | None) -> Awaitable[NDArray[np.uint8]]:
+        if mask is not None:
+            self.device.submit(programs[:-1])
+            self.device.write(self.mask, mask())
+            programs = [self._mask_program, programs[-1]]
+        return self.device.read(self.tokens, 4 * position, 4, after=programs)
 
     def read_logits(self) -> Awaitable[NDArray[np.uint8]]:
         """What the last step sampled from: float32 (vocab_size,)."""

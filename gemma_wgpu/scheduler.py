@@ -101,7 +101,9 @@ class Scheduler:
         try:
             self._batch.check(self._owner)
             pieces = await self._advance_prompt()
-            while self._running and len(self._steps) < _AHEAD:
+            # What a constraint allows is known when the last token is.
+            ahead = 1 if any(text.mask for text in self._running) else _AHEAD
+            while self._running and len(self._steps) < ahead:
                 self._submit()
             if self._steps:
                 pieces += await self._receive(self._steps.popleft())
@@ -131,7 +133,7 @@ class Scheduler:
     async def _join(self, prompt: _Prompt) -> list[tuple[Text, Piece]]:
         """The first token of a text, and its place in the batch unless that is the last one."""
         model, text, length = self._model, prompt.text, len(prompt.text.prompt)
-        chosen = model.sample(length)
+        chosen = model.sample(length, text.mask)
         logits = None if text.top is None else model.read_logits()
         token = int((await chosen).view(np.uint32)[0])
         model.check(prompt.turn)
@@ -142,7 +144,7 @@ class Scheduler:
 
     def _submit(self) -> None:
         texts = list(self._running)
-        states = self._batch.step()
+        states = self._batch.step([text.mask for text in texts])
         logits = {row: self._batch.logits(row) for row, text in enumerate(texts) if text.top is not None}
         self._steps.append(_Step(texts, states, logits))
         for text, place in list(self._running.items()):

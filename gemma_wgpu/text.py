@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.structured import Matcher
 from gemma_wgpu.tokenizer import Tokenizer
 
 
@@ -23,11 +24,15 @@ class Logprobs:
 
     @classmethod
     def of(cls, logits: NDArray[np.floating], token: int, count: int) -> Logprobs:
-        """From the logits (vocab_size,) of the position, with the `count` likeliest."""
+        """From the logits (vocab_size,) of the position, with the `count` likeliest.
+
+        With as many as there are, where a constraint left fewer.
+        """
         logprobs = logits.astype(np.float64) - logits.max()
         logprobs -= np.log(np.exp(logprobs).sum())
         likeliest = np.argpartition(-logprobs, count)[:count]
         likeliest = likeliest[np.argsort(-logprobs[likeliest], kind="stable")]
+        likeliest = likeliest[np.exp(logprobs[likeliest]) > 0]
         top = tuple(zip(likeliest.tolist(), logprobs[likeliest].tolist(), strict=True))
         return cls(token, float(logprobs[token]), top)
 
@@ -53,9 +58,10 @@ class Stats:
     """How a generation went. Times are in seconds of wall clock.
 
     `finish_reason` is "eos" (the model ended its text), "stop" (a stop string), "length" (max_new_tokens),
-    "context" (the context is full), "interrupted", or None while it runs. `prefill_seconds` lasts until the first
-    token, `decode_seconds` from there. `new_tokens` counts the token that ended the text, `reused_tokens` those of
-    the prompt that the cache held. `dispatches_per_token` is 0 for a text that shares them with others.
+    "context" (the context is full), "constraint" (it became too complex to be kept), "interrupted", or None while it
+    runs. `prefill_seconds` lasts until the first token, `decode_seconds` from there. `new_tokens` counts the token
+    that ended the text, `reused_tokens` those of the prompt that the cache held. `dispatches_per_token` is 0 for a
+    text that shares them with others.
     """
 
     prompt_tokens: int
@@ -105,7 +111,8 @@ class Text:
     """A text that is to be generated, and how far it is.
 
     `prompt` are token ids (n,), `most` the tokens that it can have, `top` of how many of the likeliest tokens the
-    log-probabilities are wanted beside its own, if any. `text` and `ids` are what has come so far.
+    log-probabilities are wanted beside its own, if any. `text` and `ids` are what has come so far. `mask` says which
+    tokens may come next, where not all may.
     """
 
     def __init__(
@@ -117,6 +124,7 @@ class Text:
         stop: Sequence[str],
         top: int | None,
         context_length: int,
+        matcher: Matcher | None = None,
     ) -> None:
         self.prompt = prompt
         self.sampling = sampling
@@ -125,6 +133,8 @@ class Text:
         self.text = ""
         self.ids: list[int] = []
         self.stats = Stats(len(prompt))
+        self.mask = matcher.mask if matcher else None
+        self._matcher = matcher
         self._limit = "length" if self.most == max_new_tokens else "context"
         self._eos_ids = tokenizer.eos_ids
         self._stream = tokenizer.stream(control=False)
@@ -152,7 +162,9 @@ class Text:
     def push(self, token: int, logprobs: Logprobs | None = None) -> list[Piece]:
         """What the token that was counted last completes; `stats.finish_reason` tells whether the text ended."""
         if token in self._eos_ids:
-            return self.end("eos")
+            return self.end("constraint" if self._matcher and self._matcher.failed else "eos")
+        if self._matcher:
+            self._matcher.accept(token)
         self.ids.append(token)
         text, stopped = self._stop.push(self._stream.push(token))
         self.text += text
