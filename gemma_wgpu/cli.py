@@ -16,7 +16,7 @@ import click
 from tqdm import tqdm
 
 import gemma_wgpu
-from gemma_wgpu import tables
+from gemma_wgpu import structured, tables
 from gemma_wgpu.bench import Load, Report, Shape, check_context, evict, model_hash
 from gemma_wgpu.bench import bench as run_bench
 from gemma_wgpu.conversation import Conversation
@@ -131,6 +131,14 @@ def _sampling_options(command: F) -> F:
 @click.option("--chat", is_flag=True, help="Take the prompt as a message to an instruction-tuned model.")
 @_sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. May be repeated.")
+@click.option(
+    "--json-schema",
+    "schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The text is to be JSON that is valid by the schema in this file.",
+)
+@click.option("--regex", metavar="PATTERN", help="The text is to match this regular expression.")
+@click.option("--choice", "choices", multiple=True, metavar="TEXT", help="The text is to be one of these. Repeated.")
 @click.option("--quiet", "-q", is_flag=True, help="The text only: no progress bar, no figures.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print text, token ids and figures as a line of JSON at the end."
@@ -142,11 +150,15 @@ def generate(
     activations: str,
     context_length: int | None,
     chat: bool,
+    schema: Path | None,
+    regex: str | None,
+    choices: tuple[str, ...],
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Continue PROMPT; "-" reads it from the standard input."""
+    options["constraint"] = _constraint(schema, regex, choices)
     Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # what is amiss, before a long load
     if prompt == "-":
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -234,6 +246,19 @@ def serve(
         if not (app.is_local(bound) or api_key):
             click.secho("Whoever reaches this address may use it; --api-key asks for a key.", err=True, fg="yellow")
         app.serve(gemma, bound, name=name, api_key=api_key, origins=origins, waiting=queue)
+
+
+def _constraint(schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> structured.Constraint | None:
+    if (schema is not None) + (regex is not None) + bool(choices) > 1:
+        raise click.UsageError("--json-schema, --regex and --choice exclude each other")
+    if schema is not None:
+        try:
+            return structured.json_schema(json.loads(schema.read_bytes()))
+        except ValueError as error:
+            raise RequestError(f"{schema}: {error}") from None
+    if regex is not None:
+        return structured.regex(regex)
+    return structured.choice(choices) if choices else None
 
 
 def _load(

@@ -122,6 +122,25 @@ def test_options_reach_the_model(story: str) -> None:
     assert generated(story, *again).stdout == "yxy\n"
 
 
+def test_constraints(story: str, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["a", 17]}')
+    assert generated(story, "x", "-q", "--regex", "[a-z]").stdout == "xy\n"
+    assert generated(story, "x", "-q", "--choice", "cat", "--choice", "yz cat").stdout == "xyz cat\n"
+    assert generated(story, "x", "-q", "--json-schema", str(schema)).stdout in ('x"a"\n', "x17\n")
+    assert generated(story, "x", "-q", "--chat", "--regex", "[a-z]").stdout[1:] == "\n"
+
+
+def test_constraints_that_are_wrong(tmp_path: Path) -> None:
+    """They are found before the model is loaded."""
+    schema = tmp_path / "schema.json"
+    for content in ("{", '{"type": "strin"}', "[]"):
+        schema.write_text(content)
+        refused(run("generate", "x", "--model", "no-such-model", "--json-schema", str(schema)), str(schema))
+    refused(run("generate", "x", "--model", "no-such-model", "--regex", "("), "'('", "unclosed group")
+    refused(run("generate", "x", "--model", "no-such-model", "--choice", ""), "none of them empty")
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_models_that_are_damaged(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "tiny.gguf"
@@ -176,6 +195,11 @@ def test_options_out_of_their_ranges(story: str, option: str, value: str) -> Non
         (["generate", "x", "--precision", "f64"], "'f64'"),
         (["generate", "x", "--top-k", "many"], "'many'"),
         (["generate", "x", "--temperature", "warm"], "'warm'"),
+        (["generate", "x", "--json-schema", "no-such-file"], "no-such-file"),
+        (
+            ["generate", "x", "--regex", "a", "--choice", "b"],
+            "--json-schema, --regex and --choice exclude each other",
+        ),
         (["generate"], "PROMPT"),
         (["generate", "x", "y"], "y"),
         (["devices", "x"], "x"),
