@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	tools/install_chromium.sh
-	$(BIN)/python -m pip install --quiet --editable ".[demo,hub,chat,server,notebook,structured]" --group test --group site --group browser
+	$(BIN)/python -m pip install --quiet --editable ".[demo,hub,chat,server,notebook,structured,ray]" --group test --group site --group browser
 	touch $@
 
 $(VENV)/.installed-site: $(VENV)/.installed
