@@ -41,6 +41,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
 
 def _turns(messages: Sequence[Message]) -> list[str]:
     """What stands between the control tokens of each turn: the role, a newline and the text."""
+    if not isinstance(messages, Sequence):
+        raise RequestError(f"a chat is a list of messages, not {type(messages).__name__}")
     roles = [_role(message, index) for index, message in enumerate(messages)]
     if roles in ([], ["system"]):
         raise RequestError(f"message {len(roles)} is missing; a chat needs a user message")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import gemma_wgpu
 from gemma_wgpu import structured, tables
+from gemma_wgpu.batch_file import Results, answers, read_requests
 from gemma_wgpu.bench import Load, Report, Shape, check_context, evict, model_hash
 from gemma_wgpu.bench import bench as run_bench
 from gemma_wgpu.conversation import Conversation
@@ -118,11 +119,20 @@ def _sampling_options(command: F) -> F:
             click.option(
                 "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: fewer repetitions."
             ),
-            click.option("--seed", type=int, help="The same seed gives the same text.  [default: random]"),
         )
     ):
         command = option(command)
     return command
+
+
+_batch_size_option = click.option(
+    "--batch-size",
+    type=click.IntRange(1, 256),
+    default=8,
+    show_default=True,
+    help="Texts that are generated at once; each takes memory for a cache.",
+)
+_seed_option = click.option("--seed", type=int, help="The same seed gives the same text.  [default: random]")
 
 
 @main.command()
@@ -130,6 +140,7 @@ def _sampling_options(command: F) -> F:
 @_model_options
 @click.option("--chat", is_flag=True, help="Take the prompt as a message to an instruction-tuned model.")
 @_sampling_options
+@_seed_option
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. May be repeated.")
 @click.option(
     "--json-schema",
@@ -196,6 +207,7 @@ def generate(
     help="A text to put in front of the first message. May be repeated.",
 )
 @_sampling_options
+@_seed_option
 def chat(
     model: str,
     precision: str,
@@ -216,12 +228,56 @@ def chat(
 
 
 @main.command()
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@_model_options
+@_sampling_options
+@_batch_size_option
+@click.option("--seed", default=0, show_default=True, help="Of the first line; each has one more than that above it.")
+def batch(
+    source: Path,
+    out: Path,
+    model: str,
+    precision: str,
+    activations: str,
+    context_length: int | None,
+    max_new_tokens: int | None,
+    batch_size: int,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Answer the requests of SOURCE, one a line, in OUT.
+
+    A line of SOURCE is a JSON object: a "custom_id", which is its own, a "prompt" to continue or the "messages" of a
+    chat, and options that Python's `generate` has, where they differ from those given here. Its line in OUT has the
+    same "custom_id", and a "text" or an "error". The same command goes on with what was interrupted or killed.
+    """
+    Sampling(**options, seed=seed)
+    requests = read_requests(source, {**options, "max_new_tokens": max_new_tokens}, seed)
+    with _load(model, precision, activations, context_length) as gemma, Results(out) as results:
+        waiting = results.missing(gemma, requests)
+        with tqdm(
+            desc=f"Writing {out}",
+            total=len(requests),
+            initial=len(requests) - len(waiting),
+            unit=" results",
+            leave=False,
+            disable=None,
+        ) as bar:
+            for result in answers(gemma, waiting, batch_size):
+                results.append(result)
+                bar.update()
+    click.secho(f"{len(requests)} results in {out}, {len(waiting)} of them new", err=True, dim=True)
+
+
+@main.command()
 @_model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 is on all networks.")
 @click.option("--port", default=8080, show_default=True, help="0 takes one that is free.")
 @click.option("--api-key", envvar="GEMMA_WGPU_API_KEY", show_envvar=True, help="What clients must send.")
 @click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A web page's that may use it (CORS).")
-@click.option("--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that may wait.")
+@_batch_size_option
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="Texts that may wait.")
 @click.option("--name", help="What clients are to call the model.  [default: as the model does]")
 def serve(
     model: str,
@@ -232,6 +288,7 @@ def serve(
     port: int,
     api_key: str | None,
     origins: tuple[str, ...],
+    batch_size: int,
     queue: int,
     name: str | None,
 ) -> None:
@@ -245,7 +302,7 @@ def serve(
         click.echo(f"{name or gemma.name} at {app.address(bound)} (Ctrl-C stops)")
         if not (app.is_local(bound) or api_key):
             click.secho("Whoever reaches this address may use it; --api-key asks for a key.", err=True, fg="yellow")
-        app.serve(gemma, bound, name=name, api_key=api_key, origins=origins, waiting=queue)
+        app.serve(gemma, bound, name=name, api_key=api_key, origins=origins, batch_size=batch_size, waiting=queue)
 
 
 def _constraint(schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> structured.Constraint | None:

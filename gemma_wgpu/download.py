@@ -24,12 +24,8 @@ from urllib.request import Request, urlopen
 
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.gpu.store import Cache, Cached, nothing_from
+from gemma_wgpu.lock import lock
 from gemma_wgpu.weights.manifest import MANIFEST, File, Manifest
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -352,7 +348,7 @@ def _locked(path: Path, version: _Version, progress: Progress | None) -> Iterato
     with file:
         total = sum(listed.nbytes for listed in version.files)
         there, since = -1, time.monotonic()
-        while not _lock(file, path):
+        while not _taken(file, path):
             if (now_there := version.bytes_there()) != there:
                 there, since = now_there, time.monotonic()
                 if progress:
@@ -365,17 +361,9 @@ def _locked(path: Path, version: _Version, progress: Progress | None) -> Iterato
         yield
 
 
-def _lock(file: BinaryIO, path: Path) -> bool:
-    """Lock a file until it is closed, or its process ends; False where another one has."""
+def _taken(file: BinaryIO, path: Path) -> bool:
     with _writing(path):
-        try:
-            if sys.platform == "win32":
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-    return True
+        return lock(file)
 
 
 def _unfinished(path: Path) -> Path:

@@ -86,6 +86,11 @@ class Gemma:
         return "int8" if self._model.int8 else "float"
 
     @property
+    def fingerprint(self) -> str:
+        """Tells models apart: by their shape, their quantisation, and their norms, which no two trainings share."""
+        return self._model.fingerprint
+
+    @property
     def context_length(self) -> int:
         """Tokens that prompt and text may have together."""
         return self._model.context_length
@@ -305,10 +310,6 @@ class Gemma:
         """
         self._check_open()
         return session.restore(self._model, Path(path))
-
-    def interrupt(self) -> None:
-        """End the Generation that is under way, which raises RequestError, also amid its prompt. From any thread."""
-        self._model.turn += 1
 
     def reset(self) -> None:
         """Forget what is in the cache, so that the next prompt is computed from its first token."""

@@ -12,6 +12,7 @@ from gemma_wgpu.errors import RequestError
 
 # Below this temperature, logits over it leave f32, and the likeliest token has all the probability anyway.
 _COLDEST = 1e-4
+_SMALLEST = 2.0**-126  # that a GPU's float32 tells from 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sampling:
         check_integer("top_k", self.top_k, 0, 1 << 24)
         _number("top_p", self.top_p, 0, 1, above=True)
         _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100)
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(32))
         check_integer("seed", self.seed, 0, (1 << 32) - 1)
@@ -54,7 +55,8 @@ class Sampling:
     def words(self) -> NDArray[np.uint32]:
         """The struct Sampling of shaders/sampling.wgsl."""
         temperature = self.temperature if self.temperature >= _COLDEST else 0.0
-        floats = [temperature, self.top_p, self.min_p, self.repetition_penalty]
+        top_p = max(self.top_p, _SMALLEST)
+        floats = [temperature, top_p, self.min_p, self.repetition_penalty]
         integers = np.array([self.top_k, self.seed], np.uint32)
         return np.concatenate((np.array(floats, np.float32).view(np.uint32), integers))
 

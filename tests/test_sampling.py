@@ -21,7 +21,7 @@ def test_the_defaults_are_those_of_gemma() -> None:
         ("top_k", [-1, (1 << 24) + 1, 1.5, 3.0, math.nan], f"a whole number from 0 to {1 << 24}"),
         ("top_p", [0, 0.0, -0.5, 1.01, math.nan], "a number above 0 up to 1"),
         ("min_p", [-0.01, 1.01, math.nan], "a number from 0 to 1"),
-        ("repetition_penalty", [0, -1, 101, math.nan, math.inf], "a number above 0 up to 100"),
+        ("repetition_penalty", [0.009, -1, 101, math.nan, math.inf], "a number from 0.01 to 100"),
         ("seed", [-1, 1 << 32, 0.5], f"a whole number from 0 to {(1 << 32) - 1}"),
     ],
 )
@@ -41,8 +41,9 @@ def test_none_is_wrong_for_all_but_the_seed(option: str) -> None:
 
 
 def test_the_ends_of_the_ranges() -> None:
-    Sampling(temperature=0, top_k=0, top_p=1e-9, min_p=0, repetition_penalty=1e-9, seed=0)
+    Sampling(temperature=0, top_k=0, top_p=1e-9, min_p=0, repetition_penalty=0.01, seed=0)
     Sampling(temperature=100, top_k=1 << 24, top_p=1, min_p=1, repetition_penalty=100, seed=(1 << 32) - 1)
+    assert Sampling(top_p=5e-324).words().view(np.float32)[1] > 0  # which is nothing in float32
 
 
 def test_numbers_of_numpy() -> None:

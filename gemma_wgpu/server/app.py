@@ -27,7 +27,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemma_wgpu.errors import GemmaError, RequestError
 from gemma_wgpu.gemma import Gemma
-from gemma_wgpu.generate import Generation
 from gemma_wgpu.server.choices import ChatFormat, Choice, Format, TextFormat, TokenTexts, usage
 from gemma_wgpu.server.engine import BusyError, Engine, StoppedError, Turn
 from gemma_wgpu.server.metrics import Metrics
@@ -43,9 +42,11 @@ from gemma_wgpu.server.schemas import (
     ModelList,
     Options,
 )
+from gemma_wgpu.text import Text
 
 MOST_BODY = 1 << 20  # bytes of a request
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+_HUNG_UP = 499  # as nginx counts it; nobody is there to read it
 _GRACE = 10  # seconds that requests under way have to end when the server is to stop
 _KEY = HTTPBearer(auto_error=False, description="The key that the server was started with, if it was.")
 
@@ -112,10 +113,8 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(GemmaError, _failed)
-    app.add_exception_handler(Exception, _broken)
+    for kind in (HTTPException, RequestValidationError, GemmaError, Exception):
+        app.add_exception_handler(kind, _refused)
     metrics.watch(gemma, engine)
     keyed = [Depends(check_key)]
     card = ModelCard(id=served, created=created, owned_by="google", context_length=gemma.context_length)
@@ -164,10 +163,10 @@ def create_app(
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         most = body.max_completion_tokens or body.max_tokens
 
-        def generations() -> list[Generation]:
-            return [gemma.chat(messages, **options) for options in _options(body, most, logprobs)]
+        def drafts() -> list[Text]:
+            return [gemma.chat(messages, **options).draft for options in _options(body, most, logprobs)]
 
-        made = await asyncio.to_thread(generations)
+        made = await asyncio.to_thread(drafts)
         return await answer(body, request, made, 1, logprobs is not None, ChatFormat(served))
 
     @app.post("/v1/completions", dependencies=keyed, response_model=Completion, responses=_STREAM)
@@ -178,23 +177,23 @@ def create_app(
         if not 1 <= len(prompts) * (body.n or 1) <= MOST_CHOICES:
             raise Refusal(400, f"prompts times n must be from 1 to {MOST_CHOICES}", param="prompt")
 
-        def generations() -> list[Generation]:
+        def drafts() -> list[Text]:
             each = [_options(body, body.max_tokens, body.logprobs) for _ in prompts]
-            return [gemma.generate(p, **o) for p, options in zip(prompts, each, strict=True) for o in options]
+            return [gemma.generate(p, **o).draft for p, options in zip(prompts, each, strict=True) for o in options]
 
-        made = await asyncio.to_thread(generations)
+        made = await asyncio.to_thread(drafts)
         return await answer(body, request, made, len(prompts), body.logprobs is not None, TextFormat(served))
 
     async def answer(
-        body: Options, request: Request, generations: list[Generation], prompts: int, logprobs: bool, form: Format
+        body: Options, request: Request, drafts: list[Text], prompts: int, logprobs: bool, form: Format
     ) -> Response:
-        choices = [Choice(generation, texts, logprobs) for generation in generations]
-        turn = engine.submit(generations)
-        watching = asyncio.create_task(_cancel_when_gone(request, engine, turn))
+        choices = [Choice(draft, texts, logprobs) for draft in drafts]
+        turn = engine.submit(drafts)
+        watching = asyncio.create_task(_cancel_when_gone(request, turn))
         if body.stream:
 
             async def events() -> AsyncIterator[str]:
-                async with _cancelled_at_end(engine, turn, watching):
+                async with _cancelled_at_end(turn, watching):
                     async for event in _events(turn, choices, prompts, form, with_usage=body.include_usage):
                         yield event
 
@@ -203,10 +202,10 @@ def create_app(
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
-        async with _cancelled_at_end(engine, turn, watching):
+        async with _cancelled_at_end(turn, watching):
             async for index, piece in turn:
                 choices[index].push(piece)
-        return Response(_json(form.whole(choices, usage(generations, prompts))), media_type="application/json")
+        return Response(_json(form.whole(choices, usage(drafts, prompts))), media_type="application/json")
 
     return app
 
@@ -248,7 +247,7 @@ async def _events(
             if piece is None or part.text or part.logprobs:
                 yield _event(_json(form.chunk(index, part, None if piece else choice.finish_reason)))
         if with_usage:
-            yield _event(_json(form.last(usage(turn.generations, prompts))))
+            yield _event(_json(form.last(usage(turn.texts, prompts))))
         yield _event("[DONE]")
     except GemmaError as error:
         yield _event(json.dumps(_content(str(error), "server_error", None, None)))
@@ -257,19 +256,19 @@ async def _events(
 
 
 @asynccontextmanager
-async def _cancelled_at_end(engine: Engine, turn: Turn, watching: asyncio.Task[None]) -> AsyncIterator[None]:
+async def _cancelled_at_end(turn: Turn, watching: asyncio.Task[None]) -> AsyncIterator[None]:
     """However it ends, the turn does not go on, and nobody watches for the client."""
     try:
         yield
     finally:
         watching.cancel()
-        engine.cancel(turn)
+        turn.cancel()
 
 
-async def _cancel_when_gone(request: Request, engine: Engine, turn: Turn) -> None:
+async def _cancel_when_gone(request: Request, turn: Turn) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    engine.cancel(turn)
+    turn.cancel()
 
 
 def _options(body: Options, most: int | None, logprobs: int | None) -> list[dict[str, Any]]:
@@ -312,45 +311,49 @@ def _content(message: str, kind: str, param: str | None, code: str | None) -> di
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def _response(error: Refusal) -> JSONResponse:
-    status = error.status_code
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    """The response to whatever a request raised."""
+    refusal = _refusal(error)
+    # A body that does not come to its end is a bad one, too.
+    if refusal.status_code in (400, 503) and await request.is_disconnected():
+        refusal = Refusal(_HUNG_UP, "the client hung up")
+    status = refusal.status_code
     kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
-    return JSONResponse(_content(error.detail, kind, error.param, error.code), status, error.headers)
+    return JSONResponse(_content(refusal.detail, kind, refusal.param, refusal.code), status, refusal.headers)
 
 
-async def _refused(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return _response(error if isinstance(error, Refusal) else Refusal(error.status_code, error.detail))
+def _refusal(error: Exception) -> Refusal:
+    match error:
+        case Refusal():
+            return error
+        case HTTPException():
+            return Refusal(error.status_code, error.detail)
+        case RequestValidationError():
+            return _invalid(error)
+        case BusyError():
+            return Refusal(429, str(error), code="busy", Retry_After=str(error.retry_after))
+        case StoppedError():
+            return Refusal(503, str(error), code="stopped")
+        case RequestError():
+            too_long = "context_length" in str(error)
+            return Refusal(400, str(error), code="context_length_exceeded" if too_long else None)
+        case GemmaError():
+            return Refusal(500, str(error))
+    return Refusal(500, "the server failed; its log says why")
 
 
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+def _invalid(error: RequestValidationError) -> Refusal:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return _response(Refusal(400, f"the body is not JSON: {first['ctx']['error']}"))
+        return Refusal(400, f"the body is not JSON: {first['ctx']['error']}")
     where = [str(part) for part in first["loc"][1:]]
     name = first.get("ctx", {}).get("name") or (where[0] if where else None)
     prefix = f"{'.'.join(where)}: " if where else ""
-    return _response(Refusal(400, prefix + first["msg"], param=name, code=first["type"]))
-
-
-async def _failed(_: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, BusyError):
-        return _response(Refusal(429, str(error), code="busy", Retry_After=str(error.retry_after)))
-    if isinstance(error, StoppedError):
-        return _response(Refusal(503, str(error), code="stopped"))
-    if isinstance(error, RequestError):
-        too_long = "context_length" in str(error)
-        return _response(Refusal(400, str(error), code="context_length_exceeded" if too_long else None))
-    return _response(Refusal(500, str(error)))
-
-
-async def _broken(_: Request, error: Exception) -> JSONResponse:
-    return _response(Refusal(500, "the server failed; its log says why"))
+    return Refusal(400, prefix + first["msg"], param=name, code=first["type"])
 
 
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as a stream"}
+    200: {"content": {"text/event-stream": {}}, "description": "Whole, or as a stream"}
 }
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -395,11 +398,12 @@ def serve(
     name: str | None = None,
     api_key: str | None = None,
     origins: Sequence[str] = (),
+    batch_size: int = 8,
     waiting: int = 16,
 ) -> None:
     """Serve `gemma` until SIGINT or SIGTERM: what runs then has 10 seconds to end, and is cut off on another one."""
     metrics = Metrics()
-    with Engine(gemma, waiting, metrics.ended) as engine:
+    with Engine(gemma, batch_size, waiting, metrics.ended) as engine:
         app = create_app(
             gemma,
             engine,

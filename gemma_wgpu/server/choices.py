@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gemma_wgpu.generate import Generation
 from gemma_wgpu.server.schemas import (
     ChatChoice,
     ChatChunk,
@@ -29,7 +28,7 @@ from gemma_wgpu.server.schemas import (
     TokenLogprob,
     Usage,
 )
-from gemma_wgpu.text import Logprobs, Piece
+from gemma_wgpu.text import Logprobs, Piece, Text
 from gemma_wgpu.tokenizer import Tokenizer
 
 
@@ -68,7 +67,7 @@ class Part:
 class Choice:
     """One text under way."""
 
-    generation: Generation
+    source: Text
     texts: TokenTexts
     wants_logprobs: bool
     _text: str = ""
@@ -82,7 +81,7 @@ class Choice:
     def push(self, piece: Piece | None) -> None:
         """The next piece; None is the end."""
         if piece is None:
-            if self.generation.stats.finish_reason != "stop":
+            if self.source.stats.finish_reason != "stop":
                 self._release(self._pushed + 1)
             return
         self._text += piece.text
@@ -107,7 +106,7 @@ class Choice:
     @property
     def finish_reason(self) -> FinishReason:
         """Why the text ended."""
-        return "stop" if self.generation.stats.finish_reason in ("eos", "stop") else "length"
+        return "stop" if self.source.stats.finish_reason in ("eos", "stop") else "length"
 
 
 class Format(ABC):
@@ -216,11 +215,11 @@ def _name(rival: Rival) -> str:
     return f"bytes:{rival.token}" if len(rival.bytes) == 1 and rival.bytes[0] >= 0x80 else rival.token
 
 
-def usage(generations: Sequence[Generation], prompts: int) -> Usage:
-    """Of generations that have `prompts` prompts, each as many in a row; a prompt counts once."""
-    own = [generation.stats for generation in generations[:: len(generations) // prompts]]
+def usage(texts: Sequence[Text], prompts: int) -> Usage:
+    """Of texts that go on from `prompts` prompts, each as many in a row; a prompt counts once."""
+    own = [text.stats for text in texts[:: len(texts) // prompts]]
     prompt = sum(stats.prompt_tokens for stats in own)
-    new = sum(generation.stats.new_tokens for generation in generations)
+    new = sum(text.stats.new_tokens for text in texts)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=new,

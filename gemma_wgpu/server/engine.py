@@ -1,4 +1,7 @@
-"""Where requests take turns at the GPU."""
+"""Where requests share the GPU.
+
+The rest of the server knows of it that a request is submitted and is a stream, which can be cancelled by itself.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Self
 
 from gemma_wgpu.errors import DeviceError, GemmaError
 from gemma_wgpu.gemma import Gemma
-from gemma_wgpu.generate import Generation
-from gemma_wgpu.text import Piece, Stats
+from gemma_wgpu.text import Piece, Stats, Text
 
 log = logging.getLogger(__name__)
 
@@ -36,27 +39,42 @@ class StoppedError(GemmaError):
 
 
 class Turn:
-    """The generations of one request, waiting or under way.
+    """The texts of one request, waiting or under way.
 
-    Iterate over (index of the generation, its next Piece), where a Piece of None is its end; on the event loop that
-    submitted it. Raises StoppedError where it was cancelled, and what the generation raises.
+    Iterate over (index of the text, its next Piece), where a Piece of None is its end; on the event loop that
+    submitted it. Raises StoppedError where it was cancelled, and what its generation raises.
     """
 
-    def __init__(self, generations: Sequence[Generation]) -> None:
-        self.generations = generations
+    def __init__(self, texts: Sequence[Text]) -> None:
+        self.texts = texts
         self.submitted = time.perf_counter()
         self.cancelled = False
+        self.to_begin = deque(enumerate(texts))
+        self.running = 0  # texts
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[tuple[int, Piece | None] | Exception] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | None]]:
-        open_generations = len(self.generations)
-        while open_generations:
+        left = len(self.texts)
+        while left:
             item = await self._items.get()
             if isinstance(item, Exception):
                 raise item
-            open_generations -= item[1] is None
+            left -= item[1] is None
             yield item
+
+    @property
+    def waits(self) -> bool:
+        """Whether none of its texts has begun."""
+        return len(self.to_begin) == len(self.texts) and not self.cancelled
+
+    def cancel(self) -> None:
+        """End it: at once where it waits, after a token or a chunk of the prompt where it runs.
+
+        Idempotent, from any thread. Other requests go on.
+        """
+        self.cancelled = True
+        self.put(StoppedError())
 
     def put(self, item: tuple[int, Piece | None] | Exception) -> None:
         """Hand something over, from any thread."""
@@ -64,20 +82,36 @@ class Turn:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
 
-class Engine:
-    """Runs generations of `gemma` one after the other, on a thread of its own: a GPU is driven by one thread.
+@dataclass
+class _Place:
+    """Of a text under way: whose it is, which one of them, and the seconds for which it waited."""
 
-    `waiting` requests may wait while one runs. `on_end` is called on that thread with the figures of each generation
-    that came to an end, and the seconds that its request waited. A context manager: `close` stops what runs.
+    turn: Turn
+    index: int
+    waited: float
+
+
+class Engine:
+    """Generates the texts of requests, up to `batch_size` side by side; they join and leave between two steps.
+
+    They are on a thread of its own, since a GPU is driven by one thread, and nobody else may use `gemma`. `waiting`
+    texts may wait beside those under way. `on_end` is called on that thread with the figures of each text that came
+    to an end, why it did, and the seconds that it waited. A context manager: `close` stops what runs.
+
+    Raises DeviceError where the GPU's memory is exhausted.
     """
 
-    def __init__(self, gemma: Gemma, waiting: int, on_end: Callable[[Stats, float], None]) -> None:
-        self.failure: DeviceError | None = None  # of the last generation
-        self._gemma = gemma
-        self._most = waiting
+    def __init__(
+        self, gemma: Gemma, batch_size: int, waiting: int, on_end: Callable[[Stats, str, float], None]
+    ) -> None:
+        self.failure: DeviceError | None = None  # of the last step
+        self._device = gemma.device
+        self._scheduler = gemma.scheduler(batch_size)
+        self._batch_size = batch_size
+        self._most = batch_size + waiting
         self._on_end = on_end
-        self._queue: deque[Turn] = deque()
-        self._running: Turn | None = None
+        self._turns: list[Turn] = []  # that have not ended
+        self._places: dict[Text, _Place] = {}
         self._closed = False
         self._seconds = 1.0  # that a turn lasts, by and large
         self._changed = threading.Condition()
@@ -87,49 +121,35 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that wait."""
-        return len(self._queue)
+        return sum(turn.waits for turn in self._turns)
 
     @property
     def running(self) -> int:
         """Requests under way."""
-        return int(self._running is not None)
+        return sum(turn.running > 0 for turn in self._turns)
 
-    def submit(self, generations: Sequence[Generation]) -> Turn:
-        """Let a request take its turn. None of `generations` has begun, and nobody else may iterate over them.
+    def submit(self, texts: Sequence[Text]) -> Turn:
+        """Generate the texts of a request, none of which has begun.
 
         Raises BusyError where too many wait, StoppedError after `close`.
         """
-        turn = Turn(generations)
+        turn = Turn(texts)
         with self._changed:
             if self._closed:
                 raise StoppedError
-            if self.waiting + self.running > self._most:
-                raise BusyError(len(self._queue), min(max(math.ceil(self._seconds), 1), 60))
-            self._queue.append(turn)
+            if sum(turn.running + len(turn.to_begin) for turn in self._turns) >= self._most:
+                raise BusyError(self.waiting, min(max(math.ceil(self._seconds), 1), 60))
+            self._turns.append(turn)
             self._changed.notify()
         return turn
-
-    def cancel(self, turn: Turn) -> None:
-        """End a turn: at once where it waits, after a token or a chunk of the prompt where it runs.
-
-        Idempotent, from any thread.
-        """
-        with self._changed:
-            turn.cancelled = True
-            if turn is self._running:
-                self._gemma.interrupt()
-            elif turn in self._queue:
-                self._queue.remove(turn)
-        turn.put(StoppedError())
 
     def close(self) -> None:
         """Cancel all turns, and wait until the GPU is left alone. Idempotent."""
         with self._changed:
             self._closed = True
-            turns = [*self._queue, *([self._running] if self._running else [])]
+            for turn in self._turns:
+                turn.cancel()
             self._changed.notify()
-        for turn in turns:
-            self.cancel(turn)
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -139,35 +159,56 @@ class Engine:
         self.close()
 
     def _work(self) -> None:
-        while turn := self._next():
-            started = time.perf_counter()
+        while self._admit():
             try:
-                self._run(turn, started - turn.submitted)
-                self.failure = None
+                pieces = self._device.wait(self._scheduler.step())
             except Exception as error:
-                if isinstance(error, DeviceError):
-                    self.failure = error
-                elif not isinstance(error, GemmaError):
-                    log.exception("a generation failed")
-                turn.put(error)
-            self._seconds += (time.perf_counter() - started - self._seconds) / 4
+                self._fail(error)
+            else:
+                self._hand_over(pieces)
 
-    def _next(self) -> Turn | None:
+    def _admit(self) -> bool:
+        """Let go of what has ended, wait for something to do, and begin what there is room for; False is the end."""
         with self._changed:
-            self._running = None
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if self._closed:
-                return None
-            self._running = self._queue.popleft()
-            return self._running
+            for text, place in list(self._places.items()):
+                if place.turn.cancelled:
+                    self._scheduler.remove(text)
+                    self._end(text, "cancelled")
+            ended = [turn for turn in self._turns if not turn.running and (turn.cancelled or not turn.to_begin)]
+            for turn in ended:
+                self._turns.remove(turn)
+                self._seconds += (time.perf_counter() - turn.submitted - self._seconds) / 4
+            self._changed.wait_for(lambda: self._turns or self._closed)
+            for turn in self._turns:
+                while turn.to_begin and not turn.cancelled and len(self._places) < self._batch_size:
+                    index, text = turn.to_begin.popleft()
+                    turn.running += 1
+                    self._places[text] = _Place(turn, index, time.perf_counter() - turn.submitted)
+                    self._scheduler.add(text)
+            return bool(self._turns)
 
-    def _run(self, turn: Turn, waited: float) -> None:
-        for index, generation in enumerate(turn.generations):
-            try:
-                for piece in generation:
-                    turn.put((index, piece))
-                    if turn.cancelled:
-                        raise StoppedError
-            finally:
-                self._on_end(generation.stats, waited)
-            turn.put((index, None))
+    def _hand_over(self, pieces: Iterable[tuple[Text, Piece]]) -> None:
+        self.failure = None
+        for text, piece in pieces:
+            place = self._places[text]
+            place.turn.put((place.index, piece))
+        for text, place in list(self._places.items()):
+            if reason := text.stats.finish_reason:
+                place.turn.put((place.index, None))
+                self._end(text, reason)
+
+    def _fail(self, error: Exception) -> None:
+        """What was under way has ended by `error`."""
+        if isinstance(error, DeviceError):
+            self.failure = error
+        elif not isinstance(error, GemmaError):
+            log.error("a step failed", exc_info=error)
+        for text, place in list(self._places.items()):
+            place.turn.put(error)
+            place.turn.to_begin.clear()
+            self._end(text, "failed")
+
+    def _end(self, text: Text, reason: str) -> None:
+        place = self._places.pop(text)
+        place.turn.running -= 1
+        self._on_end(text.stats, reason, place.waited)

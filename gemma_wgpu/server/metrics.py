@@ -25,7 +25,7 @@ class Metrics:
         self._prompt = Counter("prompt_tokens", "Tokens of prompts", **named)
         self._cached = Counter("cached_prompt_tokens", "Those of them that were in the cache already", **named)
         self._generated = Counter("generated_tokens", "Tokens that were generated", **named)
-        self._endings = Counter("generations", "Generations by how they ended", ["reason"], **named)
+        self._endings = Counter("generations", "Texts by how they ended", ["reason"], **named)
         self._waited = Histogram("wait_seconds", "From a request to its turn", buckets=_SECONDS, **named)
         self._first = Histogram("prefill_seconds", "From a turn to its first token", buckets=_SECONDS, **named)
         self._speed = Histogram("decode_tokens_per_second", "After the first token", buckets=_SPEEDS, **named)
@@ -39,9 +39,9 @@ class Metrics:
         for use, size in gemma.gpu_bytes.items():
             self._memory.labels(use).set(size)
 
-    def ended(self, stats: Stats, waited: float) -> None:
-        """A generation came to an end, after its request had waited so many seconds. From any thread."""
-        self._endings.labels(stats.finish_reason or "cancelled").inc()
+    def ended(self, stats: Stats, reason: str, waited: float) -> None:
+        """A text came to an end, after its request had waited so many seconds. From any thread."""
+        self._endings.labels(reason).inc()
         self._prompt.inc(stats.prompt_tokens)
         self._cached.inc(stats.reused_tokens)
         self._generated.inc(stats.new_tokens)

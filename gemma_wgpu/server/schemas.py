@@ -30,7 +30,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 class _Checked(BaseModel):
     """Refuses what it does not know, but for values that ask for nothing: null, 0, false, and what is empty."""
 
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra={"additionalProperties": False}, strict=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="after")
     def _refuse_unknown(self) -> _Checked:
@@ -56,7 +58,7 @@ class Options(_Checked):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None

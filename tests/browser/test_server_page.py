@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, Request, expect
 
 from gemma_wgpu.config import Gemma3Config
 from tests.browser.conftest import complaints_of
@@ -44,17 +47,36 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=WIDTHS)
 def page(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
-    width = WIDTHS[request.param]
-    scheme = "dark" if request.param == "phone" else "light"
-    page = browser.new_context(viewport={"width": width, "height": 640}, color_scheme=scheme).new_page()
+    width, phone = WIDTHS[request.param], request.param == "phone"
+    scheme = "dark" if phone else "light"
+    page = browser.new_context(
+        viewport={"width": width, "height": 640}, color_scheme=scheme, has_touch=phone, is_mobile=phone
+    ).new_page()
     yield page
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.documentElement.scrollHeight") <= 640
     page.context.close()
 
 
 def ask(page: Page, text: str) -> None:
     page.get_by_label("Message").fill(text)
-    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Send").click()
+
+
+def assert_accessible(page: Page) -> None:
+    assert [violation["help"] for violation in Axe().run(page).response["violations"]] == []
+
+
+def asked(page: Page) -> list[list[dict[str, str]]]:
+    """The messages of each request that the page will make."""
+    found: list[Any] = []
+
+    def note(request: Request) -> None:
+        if request.method == "POST":
+            found.append(json.loads(request.post_data or "")["messages"])
+
+    page.on("request", note)
+    return found
 
 
 def test_a_chat(page: Page, brief: str) -> None:
@@ -62,6 +84,7 @@ def test_a_chat(page: Page, brief: str) -> None:
     page.goto(brief)
     expect(page.get_by_role("heading")).to_have_text("brief")
     expect(page.get_by_label("Message")).to_be_focused()
+    assert_accessible(page)
     answers = page.locator(".assistant")
     for turn in (1, 2):
         ask(page, f"so <b>{turn}</b>")
@@ -71,6 +94,7 @@ def test_a_chat(page: Page, brief: str) -> None:
     page.get_by_role("button", name="Regenerate").click()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     expect(answers).to_have_text(["home again"] * 2)
+    assert_accessible(page)
     page.get_by_role("button", name="New chat").click()
     expect(page.locator("#log li")).to_have_count(0)
     assert complaints == []
@@ -94,3 +118,62 @@ def test_stop(page: Page, endless: str, how: str) -> None:
     expect(page.locator(".assistant").last).to_have_text(re.compile("^xyzxyz"))
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".assistant").last).to_have_text(re.compile("^xyzxyz"))
+    expect(page.locator(".assistant")).to_have_count(2)
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+def test_the_enter_key(page: Page, brief: str, request: pytest.FixtureRequest) -> None:
+    """Sends; on a phone, where there is no other way to it, it begins a line."""
+    page.goto(brief)
+    expect(page.get_by_role("heading")).to_have_text("brief")
+    page.get_by_label("Message").fill("so")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.press("Enter")
+    if "phone" in request.node.name:
+        expect(page.get_by_label("Message")).to_have_value("so\n\n")
+    else:
+        expect(page.locator(".user")).to_have_text("so")
+        expect(page.locator(".assistant")).to_have_text("home again")
+        expect(page.get_by_label("Message")).to_be_focused()
+
+
+def test_a_conversation_that_outgrows_the_context(page: Page, brief: str) -> None:
+    """128 tokens of it. The oldest messages go, by the count of the answer before; the instructions stay."""
+    requests = asked(page)
+    page.goto(brief)
+    page.get_by_text("Instructions").click()
+    page.get_by_label("Instructions").fill("so it")
+    for turn in range(1, 9):
+        ask(page, f"the cat sat on mat {turn}")
+        expect(page.locator(".assistant")).to_have_text(["home again"] * turn)
+        expect(page.get_by_role("button", name="Send")).to_be_visible()
+    assert len(requests) == 8
+    assert all(messages[0] == {"role": "system", "content": "so it"} for messages in requests)
+    assert all(messages[-1]["content"] == f"the cat sat on mat {turn}" for turn, messages in enumerate(requests, 1))
+    sizes = [len(messages) for messages in requests]
+    assert sizes[:2] == [2, 4]
+    assert sizes[-1] < 2 * 8
+    dropped = page.locator(".dropped")
+    expect(dropped).to_have_count(2 * 8 - sizes[-1])
+    expect(page.locator(".dropped + .note")).to_have_text(re.compile("^The context is full.*instructions"))
+    expect(page.get_by_role("alert")).to_have_count(0)
+    assert_accessible(page)
+
+
+def test_what_the_server_finds_too_long(page: Page, brief: str) -> None:
+    requests = asked(page)
+    page.goto(brief)
+    ask(page, "so")
+    expect(page.locator(".assistant")).to_have_text("home again")
+    ask(page, "😀" * 26)
+    expect(page.locator(".assistant")).to_have_text(["home again"] * 2)
+    assert [len(messages) for messages in requests] == [1, 3, 1]
+    expect(page.locator(".dropped")).to_have_count(2)
+    ask(page, "😀" * 100)
+    expect(page.get_by_role("alert")).to_have_text(re.compile("the prompt has"))
+    ask(page, "so")
+    expect(page.locator(".assistant").last).to_have_text("home again")
+    expect(page.get_by_role("alert")).to_have_count(0)

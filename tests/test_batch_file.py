@@ -1,0 +1,244 @@
+"""`gemma-wgpu batch`: what it answers, and that each answer is there once however often it is killed."""
+
+import errno
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from gemma_wgpu import Gemma, load
+from gemma_wgpu.batch_file import Results
+from gemma_wgpu.cli import main
+from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.errors import RequestError
+from tests.tiny import HF, random_weights, write_folder
+
+SECONDS = 60  # until something that hangs is given up
+KILLS = 5
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "so", "it", "went", "home", "again"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    weights = random_weights(Gemma3Config.from_hf(HF))
+    return str(write_folder(tmp_path_factory.mktemp("batch") / "tiny", HF, weights))
+
+
+@pytest.fixture(scope="module")
+def gemma(folder: str) -> Iterator[Gemma]:
+    with load(folder, precision="f32") as gemma:
+        yield gemma
+
+
+def written(path: Path, requests: Sequence[object]) -> str:
+    path.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    return str(path)
+
+
+def results(path: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def run(source: str, out: Path, folder: str, *options: str) -> Result:
+    return CliRunner().invoke(main, ["batch", source, str(out), "--model", folder, "--precision", "f32", *options])
+
+
+def refused(source: str, out: Path, folder: str, *named: str, options: Sequence[str] = ()) -> None:
+    result = run(source, out, folder, *options)
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1
+    for name in named:
+        assert name in result.output
+
+
+def asked(number: int) -> dict[str, object]:
+    word = WORDS[number % len(WORDS)]
+    content = {"prompt": word} if number % 3 else {"messages": [{"role": "user", "content": word}]}
+    return {"custom_id": f"r{number}", "max_new_tokens": 20 + number % 30, **content}
+
+
+MANY = [asked(number) for number in range(60)]
+
+
+def test_answers(tmp_path: Path, folder: str, gemma: Gemma) -> None:
+    chat = [{"role": "system", "content": "so"}, {"role": "user", "content": "it"}]
+    source = written(
+        tmp_path / "in",
+        [
+            {"custom_id": "a", "prompt": "the cat"},
+            {"custom_id": "€😀", "messages": chat, "temperature": 0.5, "max_new_tokens": 3},
+            {"custom_id": "c", "prompt": [2, 300], "seed": 7, "stop": ["a", "e"]},
+            {"custom_id": "d", "prompt": "x" * 500},
+            {"custom_id": "e", "prompt": "the cat"},
+        ],
+    )
+    out = tmp_path / "out"
+    result = run(source, out, folder, "--max-new-tokens", "12", "--seed", "40", "--top-k", "0")
+    assert result.exit_code == 0, result.output
+    assert "5 results" in result.output
+    there = {result["custom_id"]: result for result in results(out)}
+    assert sorted(there) == ["a", "c", "d", "e", "€😀"]
+    for custom_id, generation in {
+        "a": gemma.generate("the cat", max_new_tokens=12, seed=40, top_k=0),
+        "€😀": gemma.chat(chat, max_new_tokens=3, seed=41, top_k=0, temperature=0.5),
+        "c": gemma.generate([2, 300], max_new_tokens=12, seed=7, top_k=0, stop=["a", "e"]),
+        "e": gemma.generate("the cat", max_new_tokens=12, seed=44, top_k=0),
+    }.items():
+        text = "".join(map(str, generation))
+        stats = generation.stats
+        assert there[custom_id] == {
+            "id": there[custom_id]["id"],
+            "custom_id": custom_id,
+            "text": text,
+            "seed": generation.sampling.seed,
+            "prompt_tokens": stats.prompt_tokens,
+            "new_tokens": stats.new_tokens,
+            "finish_reason": stats.finish_reason,
+        }
+    assert set(there["d"]) == {"id", "custom_id", "error"}
+    assert "context_length" in there["d"]["error"]
+    assert len({result["id"] for result in there.values()}) == 5
+
+
+def test_killed_again_and_again(tmp_path: Path, folder: str) -> None:
+    source = written(tmp_path / "in", MANY)
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    assert run(source, undisturbed, folder).exit_code == 0
+    rng = random.Random(0)
+    line = [sys.executable, "-c", "from gemma_wgpu.cli import main; main()", "batch", source, str(out)]
+    line += ["--model", folder, "--precision", "f32"]
+    for _ in range(KILLS):
+        before = out.stat().st_size if out.exists() else 0
+        with subprocess.Popen(line, stderr=subprocess.PIPE) as process:
+            started = time.monotonic()
+            while not out.exists() or out.stat().st_size == before:
+                assert process.poll() is None and time.monotonic() - started < SECONDS
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.1)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait(SECONDS) == -signal.SIGKILL
+        with out.open("ab") as file:  # it might have been amid a write
+            file.write(undisturbed.read_bytes()[: rng.randrange(50)])
+    assert 0 < len(out.read_bytes().splitlines()) < len(MANY)
+    assert run(source, out, folder).exit_code == 0
+    lines = out.read_bytes().splitlines()
+    assert len(lines) == len(MANY)
+    assert sorted(lines) == sorted(undisturbed.read_bytes().splitlines())
+
+
+def test_one_that_is_done_is_done(tmp_path: Path, folder: str) -> None:
+    source, out = written(tmp_path / "in", MANY[:2]), tmp_path / "out"
+    assert run(source, out, folder).exit_code == 0
+    before = out.read_bytes()
+    result = run(source, out, folder)
+    assert (result.exit_code, out.read_bytes()) == (0, before)
+    assert "0 of them new" in result.output
+    written(tmp_path / "in", MANY[:3])  # some more
+    assert run(source, out, folder).exit_code == 0
+    assert out.read_bytes().startswith(before)
+    assert len(results(out)) == 3
+
+
+def test_a_run_that_is_not_the_one_that_was_begun(tmp_path: Path, folder: str) -> None:
+    source, out = written(tmp_path / "in", MANY[:2]), tmp_path / "out"
+    assert run(source, out, folder).exit_code == 0
+    before = out.read_bytes()
+    other = written(tmp_path / "other", [MANY[0], MANY[1] | {"prompt": "so"}])
+    refused(other, out, folder, str(out), "line 2", "another input")
+    refused(source, out, folder, "line 1", "options", options=["--top-k", "3"])
+    refused(source, out, folder, "line 1", "model", options=["--context-length", "100"])
+    notes = tmp_path / "notes"
+    for content in (b"some notes\n", b'"some"\n', b"{}\n", b"\xff\n"):
+        notes.write_bytes(content)
+        refused(source, notes, folder, str(notes), "line 1", "no result")
+        assert notes.read_bytes() == content
+    assert out.read_bytes() == before
+
+
+def test_two_at_once(tmp_path: Path, folder: str) -> None:
+    source, out = written(tmp_path / "in", MANY[:2]), tmp_path / "out"
+    with Results(out):
+        refused(source, out, folder, str(out), "another process")
+    refused(source, tmp_path / "no" / "out", folder, "no/out", "cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b"{", "JSON"),
+        (b"[" * 100_000, "JSON"),
+        (b"5", "custom_id"),
+        (b'{"prompt": "a"}', "custom_id"),
+        (b'{"custom_id": 5, "prompt": "a"}', "custom_id"),
+        (b'{"custom_id": "b"}', "neither"),
+        (b'{"custom_id": "b", "prompt": "a", "messages": []}', "prompt and messages"),
+        (b'{"custom_id": "b", "prompt": "a", "max_tokens": 5}', "'max_tokens'"),
+        (b'{"custom_id": "a", "prompt": "a"}', "of line 1"),
+    ],
+)
+def test_lines_that_are_no_requests(tmp_path: Path, line: bytes, named: str) -> None:
+    """Found before the model is loaded."""
+    source = tmp_path / "in"
+    source.write_bytes(b'{"custom_id": "a", "prompt": "a"}\n\n' + line + b"\n")
+    refused(str(source), tmp_path / "out", "no such model", str(source), "line 3", named)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.write_bytes(b"\xff\xfe")
+    refused(str(source), tmp_path / "out", "no such model", str(source), "cannot be read")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"prompt": []},
+        {"prompt": None},
+        {"prompt": {"a": 1}},
+        {"prompt": ["a"]},
+        {"prompt": "a", "temperature": "hot"},
+        {"prompt": "a", "max_new_tokens": 0},
+        {"prompt": "a", "stop": [""]},
+        {"messages": [{"role": "tool", "content": "a"}]},
+        {"messages": 5},
+        {"messages": [5]},
+    ],
+)
+def test_requests_that_are_refused(tmp_path: Path, folder: str, request_: dict[str, object]) -> None:
+    """The others are answered."""
+    source = written(tmp_path / "in", [{"custom_id": "b"} | request_, {"custom_id": "a", "prompt": "a"}])
+    out = tmp_path / "out"
+    assert run(source, out, folder, "--max-new-tokens", "2").exit_code == 0
+    bad, good = results(out)
+    assert bad["error"] and "\n" not in bad["error"]
+    assert good["new_tokens"] == 2
+
+
+def test_half_a_character(tmp_path: Path, folder: str) -> None:
+    """JSON can write what UTF-8 cannot."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.write_text('{"custom_id": "\\ud83d", "prompt": "\\ud83d"}\n')
+    for _ in range(2):
+        assert run(str(source), out, folder, "--max-new-tokens", "2").exit_code == 0
+        assert [result["custom_id"] for result in results(out)] == ["\ud83d"]
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with (
+        Results(tmp_path / "out") as file,
+        pytest.raises(RequestError, match="out: cannot be written: No space"),
+    ):
+        file.append({"id": "a"})
