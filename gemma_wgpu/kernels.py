@@ -49,6 +49,11 @@ class Tuning:
     def __str__(self) -> str:
         return f"lanes={self.lanes}" + (",subgroups" if self.subgroups else "")
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether few workgroups run at a time, so that decode is to be divided into few."""
+        return self.lanes == 1
+
 
 def usual_tuning(adapter: AdapterInfo, features: frozenset[str]) -> Tuning:
     """What is likely to be best for an adapter's kind."""
@@ -69,14 +74,13 @@ class Kernels:
     def __init__(self, device: Device, *, half: bool, tuning: Tuning | None = None) -> None:
         self._device = device
         self._half = half
-        self._on_cpu = device.info.type == "CPU"
         self.tuning = tuning or usual_tuning(device.info, device.features)
 
     def splits(self, window: int) -> int:
         """Into how many shares decode divides the positions of a layer that sees `window` of them."""
         if window <= 512:
             return 1
-        return 4 if self._on_cpu else 16
+        return 4 if self.tuning.on_cpu else 16
 
     def _dispatch(
         self,
@@ -161,7 +165,7 @@ class Kernels:
         rows = part.rows // 2 if geglu else part.rows
         workgroups = ceil_div(part.rows, 2 * (_REDUCE // self.tuning.lanes))
         # Workgroups enough to keep the GPU busy, and no more: each computes the norm.
-        rounds = min(max(workgroups // (8 if self._on_cpu else 256), 1), 4)
+        rounds = min(max(workgroups // (8 if self.tuning.on_cpu else 256), 1), 4)
         constants = _weights(part) | self._teams()
         constants |= {"ROUNDS": rounds, "ROWS": rows, "EPS": eps, "ADD": add, "GEGLU": geglu}
         bindings = (part.quants, part.scales, state, residual, previous, norms, new_residual, y)

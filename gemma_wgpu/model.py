@@ -197,18 +197,19 @@ class Model:
     def _rope(self, is_global: bool) -> Buffer:
         """The table that shaders/rope.wgsl describes.
 
-        The angles are rounded to float32 as they were when the model was trained, and are in other implementations:
-        over some hundred positions, exact ones move the logits by 3e-3.
+        Periods, frequencies and angles are rounded to float32 one after the other, as they were when the model was
+        trained and are in other implementations: over some hundred positions, exact ones move the logits by 3e-3.
         """
         config = self.config
         theta, factor = config.rope_local_base_freq, 1.0
         if is_global:
             theta, factor = config.rope_theta, config.rope_scaling_factor
-        frequencies = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim) / factor
+        periods = theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+        frequencies = np.float32(1) / periods.astype(np.float32) / np.float32(factor)
         buffer = self.device.buffer(4 * self.context_length * config.head_dim, f"rope {theta:.0f}")
         for start in range(0, self.context_length, _ROPE_ROWS):
             positions = np.arange(start, min(start + _ROPE_ROWS, self.context_length), dtype=np.float32)
-            angles = (positions[:, None] * frequencies.astype(np.float32)).astype(np.float64)
+            angles = (positions[:, None] * frequencies).astype(np.float64)
             table = np.stack((np.cos(angles), np.sin(angles)), axis=-1).astype(np.float32)
             self.device.write(buffer, table, 4 * start * config.head_dim)
         return buffer

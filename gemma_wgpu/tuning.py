@@ -20,6 +20,7 @@ from gemma_wgpu.weights.upload import Part
 _VARIABLE = "GEMMA_WGPU_TUNING"
 _ROWS, _COLS = 16384, 1152  # of the matrix that is timed; a product in no time would not tell variants apart
 _REPEATS = 3
+_LANES = (4, 8, 16, 32)  # on GPUs
 _VERSION = 1  # of the kernels: another one voids what was kept
 
 
@@ -29,8 +30,14 @@ def candidates(gpu: Adapter | Device) -> dict[str, Tuning]:
     if gpu.info.type == "CPU":
         others = [Tuning(1, subgroups=False)]
     else:
-        others = [Tuning(lanes, subgroups=False) for lanes in (4, 8, 16, 32)]
+        others = [Tuning(lanes, subgroups=False) for lanes in _LANES]
     return {str(tuning): tuning for tuning in (usual, *others)}
+
+
+def variants(gpu: Adapter | Device) -> dict[str, Tuning]:
+    """All that run, by name: the candidates, and what another kind of GPU would choose from."""
+    plain = [Tuning(lanes, subgroups=False) for lanes in (1, *_LANES)]
+    return candidates(gpu) | {str(tuning): tuning for tuning in plain}
 
 
 def chosen(gpu: Adapter | Device) -> Tuning | None:
@@ -38,10 +45,10 @@ def chosen(gpu: Adapter | Device) -> Tuning | None:
 
     Raises RequestError where the environment variable says nothing sensible.
     """
-    allowed = candidates(gpu)
+    allowed = variants(gpu)
     asked = os.environ.get(_VARIABLE)
-    if asked is None and len(allowed) > 1:
-        return allowed.get(_read().get(_key(gpu), ""))
+    if asked is None and len(candidates(gpu)) > 1:
+        return candidates(gpu).get(_read().get(_key(gpu), ""))
     if asked is None or asked == "off":
         return usual_tuning(gpu.info, gpu.features)
     if asked not in allowed:

@@ -13,7 +13,7 @@ from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.kernels import Tuning, usual_tuning
-from gemma_wgpu.tuning import candidates, chosen, tuned
+from gemma_wgpu.tuning import candidates, chosen, tuned, variants
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_without_a_place_to_keep_it(device: Device, cache: Path) -> None:
 
 
 def test_the_environment_decides(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, tuning in candidates(device).items():
+    for name, tuning in variants(device).items():
         monkeypatch.setenv("GEMMA_WGPU_TUNING", name)
         assert chosen(device) == tuning
     monkeypatch.setenv("GEMMA_WGPU_TUNING", "off")
@@ -90,6 +90,7 @@ def test_where_there_is_no_choice(device: Device, cache: Path) -> None:
 def test_kinds_of_gpus(device: Device) -> None:
     gpu = SimpleNamespace(info=replace(device.info, type="DiscreteGPU"), features=frozenset({"subgroups"}))
     assert list(candidates(gpu)) == ["lanes=16", "lanes=4", "lanes=8", "lanes=32"]  # type: ignore[arg-type]
+    assert set(candidates(gpu)) < set(variants(device))  # type: ignore[arg-type]  # what a GPU runs can be run here
     cpu = replace(device.info, type="CPU")
     assert usual_tuning(cpu, frozenset({"subgroups"})) == Tuning(1, subgroups=True)
     assert usual_tuning(cpu, frozenset()) == Tuning(1, subgroups=False)
