@@ -16,12 +16,14 @@ FOLDER = Path(__file__).parent
 # F16: the Kullback-Leibler divergence from the reference, in nats, and how many greedy tokens are the same. What
 # float16 storage alone comes to, roundings of either direction drawn at random since WGSL leaves it to the driver
 # (f16_noise.py): at most 1.4e-5 after the short prompts in 36 draws, and 3e-4 to 9e-3 in 12 draws after the long one,
-# whose last token is the most sensitive one of 702: nine in ten stay below 3e-6.
+# whose last token is the most sensitive one of 702: nine in ten stay below 3e-6. There the usual kernels have a bound
+# that they meet on the adapter of the tests, and the others one that storage alone allows.
 # Activations of 8 bits: the divergence after a prompt (0.001 to 0.081 were measured, 0.0018 a token over a text).
 F32_LOGITS = 2e-3
 F32_TOPS = 5e-3
 F16_DIVERGENCE = 2.5e-5
-F16_LONG_DIVERGENCE = 3e-2
+F16_LONG_DIVERGENCE = 1e-3
+F16_STORAGE_DIVERGENCE = 1e-2
 F16_GREEDY = 20
 INT8_DIVERGENCE = 0.2
 
