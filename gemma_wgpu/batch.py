@@ -247,8 +247,12 @@ class Batch:
         )
 
     def _matvecs(self, matrix: Matrix, x: Buffer, y: Buffer, count: int) -> Iterator[Dispatch]:
+        k = self.model.kernels
         for part in matrix.parts:
-            yield self.model.kernels.matvecs(part, self._state, x, y, stride=matrix.rows, max_count=count)
+            if count == 1:  # a server's usual company
+                yield k.matvec(part, x, y)
+            else:
+                yield k.matvecs(part, self._state, x, y, stride=matrix.rows, max_count=count)
 
     def _attention(self, layer: Layer, key_cache: Buffer, value_cache: Buffer, count: int) -> Iterator[Dispatch]:
         k, splits = self.model.kernels, layer.splits

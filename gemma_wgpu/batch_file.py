@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from gemma_wgpu import structured
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gemma import Gemma
 from gemma_wgpu.generate import Generation
@@ -19,7 +20,17 @@ from gemma_wgpu.text import Text
 
 Result = dict[str, object]
 
-_OPTIONS = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop"}
+_OPTIONS = {
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "response_format",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,10 @@ class Request:
         if isinstance(self.content, list) and any(isinstance(each, str | list) for each in self.content):
             raise RequestError(f"the {self.kind} of a line are one; give each of several a line of its own")
         method = gemma.chat if self.kind == "messages" else gemma.generate
-        generation: Generation = method(self.content, **self.options)
+        options = dict(self.options)
+        if form := options.pop("response_format", None):
+            options["constraint"] = structured.from_response_format(form)
+        generation: Generation = method(self.content, **options)
         return generation.draft
 
 

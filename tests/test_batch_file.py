@@ -69,6 +69,7 @@ MANY = [asked(number) for number in range(60)]
 
 
 def test_answers(tmp_path: Path, folder: str, gemma: Gemma) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 22]}}}
     chat = [{"role": "system", "content": "so"}, {"role": "user", "content": "it"}]
     source = written(
         tmp_path / "in",
@@ -78,14 +79,15 @@ def test_answers(tmp_path: Path, folder: str, gemma: Gemma) -> None:
             {"custom_id": "c", "prompt": [2, 300], "seed": 7, "stop": ["a", "e"]},
             {"custom_id": "d", "prompt": "x" * 500},
             {"custom_id": "e", "prompt": "the cat"},
+            {"custom_id": "f", "prompt": "the", "response_format": form},
         ],
     )
     out = tmp_path / "out"
     result = run(source, out, folder, "--max-new-tokens", "12", "--seed", "40", "--top-k", "0")
     assert result.exit_code == 0, result.output
-    assert "5 results" in result.output
+    assert "6 results" in result.output
     there = {result["custom_id"]: result for result in results(out)}
-    assert sorted(there) == ["a", "c", "d", "e", "€😀"]
+    assert sorted(there) == ["a", "c", "d", "e", "f", "€😀"]
     for custom_id, generation in {
         "a": gemma.generate("the cat", max_new_tokens=12, seed=40, top_k=0),
         "€😀": gemma.chat(chat, max_new_tokens=3, seed=41, top_k=0, temperature=0.5),
@@ -105,7 +107,8 @@ def test_answers(tmp_path: Path, folder: str, gemma: Gemma) -> None:
         }
     assert set(there["d"]) == {"id", "custom_id", "error"}
     assert "context_length" in there["d"]["error"]
-    assert len({result["id"] for result in there.values()}) == 5
+    assert json.loads(there["f"]["text"]) in (1, 22)
+    assert len({result["id"] for result in there.values()}) == 6
 
 
 def test_killed_again_and_again(tmp_path: Path, folder: str) -> None:
@@ -208,6 +211,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         {"prompt": "a", "temperature": "hot"},
         {"prompt": "a", "max_new_tokens": 0},
         {"prompt": "a", "stop": [""]},
+        {"prompt": "a", "response_format": {"type": "xml"}},
         {"messages": [{"role": "tool", "content": "a"}]},
         {"messages": 5},
         {"messages": [5]},

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import numpy as np
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel, Field, ValidationError
 
 from gemma_wgpu import DeviceError, Gemma, RequestError, load
 from gemma_wgpu.config import Gemma3Config
@@ -388,6 +389,28 @@ def test_logprobs_are_of_the_text_that_is_told(served: Served, stream: bool) -> 
         assert [name for part in parts for name in part.tokens] == expected
 
 
+class Animal(BaseModel, extra="forbid"):
+    kind: Literal["cat", "mat", "🐈"]
+    age: Annotated[int, Field(ge=0, le=20)]
+
+
+def test_response_format(guessing: Served) -> None:
+    """Without it the model says nothing that is JSON."""
+    chat = {"model": NAME, "messages": [{"role": "user", "content": "so"}]}
+    for seed in range(4):
+        said = guessing.client.chat.completions.parse(**chat, seed=seed, response_format=Animal)
+        assert isinstance(said.choices[0].message.parsed, Animal)
+    schema = {"name": "animal", "schema": Animal.model_json_schema()}
+    form = {"type": "json_schema", "json_schema": schema}
+    streams = [guessing.client.chat.completions.create(**chat, stream=True, response_format=form) for _ in range(2)]
+    free = guessing.client.chat.completions.create(**chat, stream=True, max_tokens=40)
+    told = ["".join(chunk.choices[0].delta.content or "" for chunk in stream) for stream in [*streams, free]]
+    for text in told[:2]:
+        Animal.model_validate_json(text)
+    with pytest.raises(ValidationError):
+        Animal.model_validate_json(told[2])
+
+
 def test_bytes_of_tokens(served: Served) -> None:
     entries = server_app.TokenTexts(served.gemma.tokenizer)
     assert entries.rival(token(0xE2), -1.0).bytes == [0xE2]
@@ -415,8 +438,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": "so"}, "messages"),
     ({"messages": [{"role": "tool", "content": "so"}]}, "messages"),
     ({"messages": [{"role": "user", "content": None}]}, "messages"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"frequency_penalty": 0.5}, "frequency_penalty"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),

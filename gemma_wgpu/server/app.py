@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gemma_wgpu import structured
 from gemma_wgpu.errors import GemmaError, RequestError
 from gemma_wgpu.gemma import Gemma
 from gemma_wgpu.server.choices import ChatFormat, Choice, Format, TextFormat, TokenTexts, usage
@@ -164,7 +165,9 @@ def create_app(
         most = body.max_completion_tokens or body.max_tokens
 
         def drafts() -> list[Text]:
-            return [gemma.chat(messages, **options).draft for options in _options(body, most, logprobs)]
+            constraint = _constraint(body.response_format)
+            each = _options(body, most, logprobs)
+            return [gemma.chat(messages, **options, constraint=constraint).draft for options in each]
 
         made = await asyncio.to_thread(drafts)
         return await answer(body, request, made, 1, logprobs is not None, ChatFormat(served))
@@ -277,6 +280,13 @@ def _options(body: Options, most: int | None, logprobs: int | None) -> list[dict
     options |= {"max_new_tokens": most, "logprobs": logprobs, "stop": body.stop or ()}
     seeds = [None if body.seed is None else (body.seed + index) % (1 << 32) for index in range(body.n or 1)]
     return [options | {"seed": seed} for seed in seeds]
+
+
+def _constraint(response_format: dict[str, Any] | None) -> structured.Constraint | None:
+    try:
+        return structured.from_response_format(response_format) if response_format else None
+    except RequestError as error:
+        raise Refusal(400, f"response_format: {error}", param="response_format") from error
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

@@ -113,86 +113,70 @@ class Format(ABC):
     """What one of the two kinds of completion looks like, for one request to `model`."""
 
     prefix: str
+    response: type[BaseModel]
+    event: type[BaseModel]
 
     def __init__(self, model: str) -> None:
         made = f"{self.prefix}-{uuid.uuid4().hex}"
         self._base: dict[str, Any] = {"id": made, "created": int(time.time()), "model": model}
 
-    @abstractmethod
     def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
         """The response that is not streamed."""
+        made = [self._whole(index, choice.take(), choice.finish_reason) for index, choice in enumerate(choices)]
+        return self.response(**self._base, choices=made, usage=usage)
 
-    @abstractmethod
     def begin(self, index: int) -> BaseModel | None:
         """The chunk before the first one of a text, if there is one."""
+        return None
 
-    @abstractmethod
     def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
         """A chunk of a stream."""
+        return self.event(**self._base, choices=[self._part(index, part, finish_reason)])
 
-    @abstractmethod
     def last(self, usage: Usage) -> BaseModel:
         """The chunk that has no text and the usage."""
+        return self.event(**self._base, choices=[], usage=usage)
+
+    @abstractmethod
+    def _whole(self, index: int, part: Part, finish_reason: FinishReason) -> BaseModel:
+        """A text."""
+
+    @abstractmethod
+    def _part(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
+        """What is new of a text."""
 
 
 class ChatFormat(Format):
     """Of /v1/chat/completions."""
 
-    prefix = "chatcmpl"
-
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
-        replies = []
-        for index, choice in enumerate(choices):
-            part = choice.take()
-            replies.append(
-                ChatChoice(
-                    index=index,
-                    message=Reply(content=part.text),
-                    logprobs=_chat_logprobs(part),
-                    finish_reason=choice.finish_reason,
-                )
-            )
-        return ChatCompletion(**self._base, choices=replies, usage=usage)
+    prefix, response, event = "chatcmpl", ChatCompletion, ChatChunk
 
     def begin(self, index: int) -> BaseModel:
-        return self._chunk(ChatDelta(index=index, delta=Delta(role="assistant", content="")))
+        """The chunk that says whose text it is."""
+        delta = Delta(role="assistant", content="")
+        return ChatChunk(**self._base, choices=[ChatDelta(index=index, delta=delta)])
 
-    def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
+    def _whole(self, index: int, part: Part, finish_reason: FinishReason) -> BaseModel:
+        logprobs = ChatLogprobs.of(part.logprobs)
+        reply = Reply(content=part.text)
+        return ChatChoice(index=index, message=reply, logprobs=logprobs, finish_reason=finish_reason)
+
+    def _part(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
+        logprobs = ChatLogprobs.of(part.logprobs)
         delta = Delta(content=part.text or None)
-        logprobs = _chat_logprobs(part)
-        return self._chunk(ChatDelta(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason))
-
-    def _chunk(self, delta: ChatDelta) -> BaseModel:
-        return ChatChunk(**self._base, choices=[delta])
-
-    def last(self, usage: Usage) -> BaseModel:
-        return ChatChunk(**self._base, choices=[], usage=usage)
+        return ChatDelta(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
 
 
 class TextFormat(Format):
     """Of /v1/completions."""
 
-    prefix = "cmpl"
+    prefix, response, event = "cmpl", Completion, Completion
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
-        texts = [self._choice(index, choice.take(), choice.finish_reason) for index, choice in enumerate(choices)]
-        return Completion(**self._base, choices=texts, usage=usage)
+    def _whole(self, index: int, part: Part, finish_reason: FinishReason) -> BaseModel:
+        return self._part(index, part, finish_reason)
 
-    def begin(self, index: int) -> None:
-        return None
-
-    def chunk(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
-        return Completion(**self._base, choices=[self._choice(index, part, finish_reason)])
-
-    def last(self, usage: Usage) -> BaseModel:
-        return Completion(**self._base, choices=[], usage=usage)
-
-    def _choice(self, index: int, part: Part, finish_reason: FinishReason | None) -> TextChoice:
+    def _part(self, index: int, part: Part, finish_reason: FinishReason | None) -> BaseModel:
         return TextChoice(index=index, text=part.text, logprobs=_text_logprobs(part), finish_reason=finish_reason)
-
-
-def _chat_logprobs(part: Part) -> ChatLogprobs | None:
-    return None if part.logprobs is None else ChatLogprobs(content=part.logprobs)
 
 
 def _text_logprobs(part: Part) -> TextLogprobs | None:

@@ -22,7 +22,6 @@ _IGNORED = {
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
 }
 
@@ -89,6 +88,7 @@ class ChatRequest(Options):
 
     messages: list[Message]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -141,6 +141,11 @@ class ChatLogprobs(BaseModel):
 
     content: list[TokenLogprob]
     refusal: None = None
+
+    @classmethod
+    def of(cls, tokens: list[TokenLogprob] | None) -> ChatLogprobs | None:
+        """None where they were not asked for."""
+        return None if tokens is None else cls(content=tokens)
 
 
 class Reply(BaseModel):
