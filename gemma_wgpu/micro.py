@@ -12,6 +12,7 @@ from gemma_wgpu.bench import pass_seconds, read_bandwidth
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gpu.device import Buffer, Device, Dispatch
 from gemma_wgpu.kernels import Attention, Kernels, Tuning
+from gemma_wgpu.model import STATE_BYTES
 from gemma_wgpu.weights.layouts import Layout
 from gemma_wgpu.weights.upload import Part
 
@@ -152,8 +153,8 @@ class _Bench:
         return buffer
 
     def _state(self, position: int, count: int) -> Buffer:
-        state = self._buffer(16)
-        self._device.write(state, np.array([position, count, 0, 0], np.uint32))
+        state = self._buffer(STATE_BYTES)
+        self._device.write(state, np.array([position, count, 0, 0, 0], np.uint32))
         return state
 
     def _matrix(self, layout: Layout) -> tuple[Part, str]:
