@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -27,22 +28,26 @@ import numpy as np
 from gemma_wgpu import session
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gemma import Gemma
-from gemma_wgpu.gpu.device import AdapterInfo, Device, Program
+from gemma_wgpu.gpu.device import AdapterInfo, Buffer, Device, Limits, Program
 from gemma_wgpu.kernels import READ_STEP, Kernels
 from gemma_wgpu.model import Model
+from gemma_wgpu.records import structured
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.tokenizer import Tokenizer
 from gemma_wgpu.weights.manifest import MANIFEST
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
+"""Told what begins, and how many steps of all are done."""
 
 OURS = "gemma-wgpu"
-_FORMAT = 1
+FORMAT = 2
 _HOST_STEPS = 64  # of which the median is taken
+_HOST_SECONDS = 1.0  # after which fewer will do
 _PROFILED_STEPS = 8  # of decode, whose mean is taken
 _READ_BYTES = 256 << 20  # more than caches hold
 _READ_SECONDS = 0.05  # at least, so that the wait for the GPU does not count
 _SHAPE = re.compile(r"(?:pp(\d+))?\+?(?:tg(\d+))?")
+_DEPTH = re.compile(r"(\d+)(k?)")
 # Lewis Carroll, Alice's Adventures in Wonderland (1865), which has no copyright any more.
 _TEXT = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once "
@@ -97,6 +102,14 @@ class Shape:
         return self.depth + self.prompt + self.decode
 
 
+def parse_depths(text: str) -> list[int]:
+    """ "0,1k,4k": whole numbers, 1k being 1024. Raises RequestError for anything else."""
+    found = [_DEPTH.fullmatch(part.strip().lower()) for part in text.split(",")]
+    if not all(found):
+        raise RequestError(f"{text!r} is not a list of depths such as 0,1k,4k,16k")
+    return [int(match[1]) << 10 * len(match[2]) for match in found if match]
+
+
 def check_context(shapes: Iterable[Shape], context_length: int) -> None:
     """Raise RequestError naming a shape that is longer than `context_length`."""
     for shape in shapes:
@@ -111,13 +124,20 @@ def check_context(shapes: Iterable[Shape], context_length: int) -> None:
 class Run:
     """`prefill_seconds` last until the first new token, `decode_seconds` from there to the last one.
 
-    `cached` counts the tokens that the engine had in its cache before; `ids` are the new ones, greedily chosen.
+    `cached` counts the tokens that the engine had in its cache before; `ids` are the new ones, greedily chosen, and
+    `token_seconds` the time from each to the next, where the engine tells.
     """
 
     cached: int
     prefill_seconds: float
     decode_seconds: float
     ids: list[int]
+    token_seconds: list[float] = field(default_factory=list)
+
+
+def timed_run(cached: int, started: float, ids: list[int], times: Sequence[float]) -> Run:
+    """The run that `started` at a time and yielded `ids` at `times`, in seconds."""
+    return Run(cached, times[0] - started, times[-1] - times[0], ids, np.diff(times).tolist())
 
 
 class Engine(ABC):
@@ -169,9 +189,12 @@ class _Ours(Engine):
     async def run(self, ids: Sequence[int], decode: int) -> Run:
         prompt = [*self._ids, *ids]
         generation = self._gemma.generate(prompt, max_new_tokens=decode + 1, temperature=0)
-        new = [token async for token in generation.tokens()]
+        new, times = [], []
+        async for token in generation.tokens():
+            new.append(token)
+            times.append(time.perf_counter())
         stats = generation.stats
-        return Run(stats.reused_tokens, stats.prefill_seconds, stats.decode_seconds, new)
+        return Run(stats.reused_tokens, stats.prefill_seconds, stats.decode_seconds, new, np.diff(times).tolist())
 
     def close(self) -> None:
         self._gemma.reset()
@@ -212,6 +235,7 @@ class Result:
     - decode_bytes: what one step of decode reads, in the middle of the decode: all weights, and of the cache what the
       layers see; of ours only.
     - prefill_kernels, decode_kernels: GPU time of the prompt and of one token; empty where it cannot be measured.
+    - prefill_profiled, decode_profiled: seconds of the clock that the same took, in which all of these kernels ran.
     """
 
     engine: str
@@ -221,6 +245,8 @@ class Result:
     decode_bytes: int | None = None
     prefill_kernels: list[Kernel] = field(default_factory=list)
     decode_kernels: list[Kernel] = field(default_factory=list)
+    prefill_profiled: float = 0.0
+    decode_profiled: float = 0.0
 
     @property
     def prefill(self) -> Figure | None:
@@ -240,6 +266,15 @@ class Result:
     def first_token(self) -> Figure:
         """Seconds."""
         return Figure.of([run.prefill_seconds for run in self.runs])
+
+    @property
+    def token_percentiles(self) -> tuple[float, float, float] | None:
+        """Seconds that 50, 95 and 99 % of the tokens take at most; None where the engine does not tell."""
+        seconds = [duration for run in self.runs for duration in run.token_seconds]
+        if not seconds:
+            return None
+        p50, p95, p99 = np.percentile(seconds, (50, 95, 99)).tolist()
+        return p50, p95, p99
 
     @property
     def decode_bandwidth(self) -> float | None:
@@ -263,15 +298,52 @@ class HostTime:
 
 @dataclass(frozen=True)
 class Load:
-    """Seconds to load the model: first, its files not in memory where the system lets go of them; then again."""
+    """Seconds to load the model: first, its files not in memory where the system lets go of them, or in a browser not
+    yet downloaded; then again. `cold` is None where there was nothing left to download. The `stages` are parts of it.
+    """
 
-    cold: float
+    cold: float | None
     warm: float
+    cold_stages: dict[str, float] = field(default_factory=dict)
+    warm_stages: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What another implementation says to a prompt: `tokens`, greedily chosen after `ids`."""
+
+    ids: list[int]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What `source`, another implementation, says to some prompts."""
+
+    source: str
+    prompts: list[Prompt]
+
+
+@dataclass(frozen=True)
+class Match:
+    """How many of the tokens that were compared with those of a reference were the same."""
+
+    source: str
+    prompts: int
+    tokens: int
+    same: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a benchmark found. `bandwidth` is what the read kernel reaches, in bytes a second."""
+    """All that a benchmark found.
+
+    - bandwidth: what the read kernel reaches, in bytes a second.
+    - match: how the model's tokens compare with a reference; None where none is known. Without a full match the
+      figures are void: see `valid`.
+    - host_bytes: of the host's memory, by what holds them, where that can be known.
+    - model_bytes: of the model's files.
+    """
 
     date: str
     machine: str
@@ -288,13 +360,49 @@ class Report:
     dispatches_per_token: int
     host: HostTime
     results: list[Result]
+    features: list[str]
+    limits: Limits
+    match: Match | None = None
     load: Load | None = None
     sha256: str | None = None
-    format: int = _FORMAT
+    model_bytes: int | None = None
+    host_bytes: dict[str, int] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing is known against the figures: a wrong token, or runs of ours that differ."""
+        ours = [result for result in self.results if result.engine == OURS]
+        repeated = all(run.ids == result.warm_up.ids for result in ours for run in result.runs)
+        return repeated and (self.match is None or self.match.same == self.match.tokens)
 
     def to_json(self) -> str:
         """Everything, each run by itself."""
         return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """What `to_json` wrote. Raises RequestError for anything else, also of another format's number."""
+        try:
+            content = json.loads(text)
+            version = content["format"]
+            report: Report | None = structured(cls, content) if version == FORMAT else None
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise RequestError(f"not a report of gemma-wgpu's benchmark ({error})") from error
+        if report is None:
+            raise RequestError(f"a report of format {version}, this gemma-wgpu reads {FORMAT}; measure again")
+        if not report.results or not all(_sound(result) for result in report.results):
+            raise RequestError("a report whose runs do not fit their shape; measure again")
+        return report
+
+
+def _sound(result: Result) -> bool:
+    """Whether all that is computed from a result can be."""
+    shape = result.shape
+    return bool(result.runs) and all(
+        len(run.ids) == shape.decode + 1 and run.prefill_seconds > 0 and (run.decode_seconds > 0 or not shape.decode)
+        for run in result.runs
+    )
 
 
 async def bench(
@@ -303,38 +411,47 @@ async def bench(
     *,
     repetitions: int = 5,
     peers: Sequence[Engine] = (),
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Time `shapes` on a model, `repetitions` times each after one run to warm up, by turns with its `peers`.
 
-    `progress` is called with (runs done, runs in all). Raises RequestError for a shape that the context is too short
-    for, and for less than one repetition.
+    Its tokens are compared with those of a `reference` too. Raises RequestError for a shape that the context is too
+    short for, and for less than one repetition.
     """
     check_context(shapes, gemma.context_length)
     if repetitions < 1:
         raise RequestError(f"repetitions is {repetitions}; it must be above 0")
     model, device = gemma._model, gemma.device
     engines = [_Ours(gemma), *peers]
-    done, total = 0, len(shapes) * len(engines) * (repetitions + 1)
+    timed = "timestamp-query" in device.features
+    steps = _Steps(bool(reference) + len(shapes) * (len(engines) * (repetitions + 1) + timed) + 2, progress)
     results = []
     try:
         for shape in shapes:
             ids = prompt_ids(gemma.tokenizer, shape.depth + shape.prompt)
             runs: list[list[Run]] = [[] for _ in engines]
-            for _ in range(repetitions + 1):
+            for repetition in range(repetitions + 1):
                 for engine, its_runs in zip(engines, runs, strict=True):
+                    number = f"run {repetition} of {repetitions}" if repetition else "run to warm up"
+                    steps.begin(f"{engine.name}, {shape}, {number}")
                     await engine.fill(ids[: shape.depth])
                     its_runs.append(await engine.run(ids[shape.depth :], shape.decode))
-                    done += 1
-                    if progress:
-                        progress(done, total)
             found = [Result(e.name, shape, first, rest) for e, (first, *rest) in zip(engines, runs, strict=True)]
             found[0] = replace(found[0], decode_bytes=_decode_bytes(model, shape))
-            if "timestamp-query" in device.features:
+            if timed:
+                steps.begin(f"timing kernels, {shape}")
                 await engines[0].fill(ids[: shape.depth])
-                prefill, decode = await _profile(model, ids, shape)
-                found[0] = replace(found[0], prefill_kernels=prefill, decode_kernels=decode)
+                found[0] = await _profiled(found[0], model, ids)
             results += found
+        if reference:
+            steps.begin("comparing tokens with the reference")
+        match = await compare(gemma, reference, shapes) if reference else None
+        steps.begin("measuring bandwidth")
+        bandwidth = await read_bandwidth(device)
+        steps.begin("timing the host")
+        host = await _host_time(model, gemma.tokenizer)
+        steps.end()
         return Report(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=f"{platform.platform()}, {os.cpu_count()} cores",
@@ -347,13 +464,51 @@ async def bench(
             tuning=str(model.tuning),
             context_length=gemma.context_length,
             gpu_bytes=gemma.gpu_bytes,
-            bandwidth=await read_bandwidth(device),
+            bandwidth=bandwidth,
             dispatches_per_token=model.decode_dispatches,
-            host=await _host_time(model, gemma.tokenizer),
+            host=host,
             results=results,
+            features=sorted(device.features),
+            limits=device.limits,
+            match=match,
         )
     finally:
         engines[0].close()
+
+
+class _Steps:
+    """Tells `progress` of each step."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def begin(self, what: str) -> None:
+        """The next one."""
+        if self._progress:
+            self._progress(what, self._done, self._total)
+        self._done += 1
+
+    def end(self) -> None:
+        """All are done."""
+        self.begin("done")
+
+
+async def compare(gemma: Gemma, reference: Reference, shapes: Iterable[Shape]) -> Match:
+    """How the model's tokens compare with a reference's: after its prompts that are no longer than those of `shapes`,
+    or the shortest, as many tokens as `shapes` decode and the one before, where the reference has them."""
+    shapes = list(shapes)
+    longest, most = max(shape.prompt for shape in shapes), max(shape.decode for shape in shapes) + 1
+    by_length = sorted(reference.prompts, key=lambda prompt: len(prompt.ids))
+    prompts = by_length[:1] + [prompt for prompt in by_length[1:] if len(prompt.ids) <= longest]
+    tokens = same = 0
+    for prompt in prompts:
+        expected = prompt.tokens[:most]
+        generation = gemma.generate(prompt.ids, max_new_tokens=len(expected), temperature=0)
+        async for _ in generation:
+            pass
+        tokens += len(expected)
+        same += sum(a == b for a, b in zip(generation.ids, expected, strict=False))
+    return Match(reference.source, len(prompts), tokens, same)
 
 
 def prompt_ids(tokenizer: Tokenizer, count: int) -> list[int]:
@@ -370,9 +525,10 @@ def _decode_bytes(model: Model, shape: Shape) -> int | None:
     return model.weight_bytes + 2 * slots * model.slot_bytes
 
 
-async def _profile(model: Model, ids: Sequence[int], shape: Shape) -> tuple[list[Kernel], list[Kernel]]:
-    """The GPU's time for the prompt, and for one token after it."""
-    device = model.device
+async def _profiled(result: Result, model: Model, ids: Sequence[int]) -> Result:
+    """With the GPU's time for the prompt, and for one token after it."""
+    device, shape = model.device, result.shape
+    started = time.perf_counter()
     model.begin(np.array(ids, np.uint32), Sampling(temperature=0))
     prefill: list[tuple[list[Program], list[float]]] = []
     for start in range(shape.depth, len(ids), model.prefill_chunk):
@@ -381,12 +537,18 @@ async def _profile(model: Model, ids: Sequence[int], shape: Shape) -> tuple[list
         if start + count == len(ids):
             programs += model.sample_programs
         prefill.append((programs, (await device.profile(programs)).tolist()))
+    begun = time.perf_counter()
     steps = min(_PROFILED_STEPS, shape.decode)
     decode = []
     for _ in range(steps):
         decode.append((model.decode_programs, ((await device.profile(model.decode_programs)) / steps).tolist()))
+    ended = time.perf_counter()
     model.sequence.forget()
-    return (_by_kernel(prefill) if shape.prefill else []), _by_kernel(decode, steps)
+    if shape.prefill:
+        result = replace(result, prefill_kernels=_by_kernel(prefill), prefill_profiled=begun - started)
+    if shape.decode:
+        result = replace(result, decode_kernels=_by_kernel(decode, steps), decode_profiled=(ended - begun) / steps)
+    return result
 
 
 def _by_kernel(profiles: Iterable[tuple[list[Program], list[float]]], steps: int = 1) -> list[Kernel]:
@@ -409,8 +571,18 @@ async def read_bandwidth(device: Device) -> float:
     size = min(_READ_BYTES, device.limits.max_storage_buffer_binding_size, device.limits.max_buffer_size)
     words = device.buffer(size // unit * unit, "words to read")
     out = device.buffer(unit, "their sums")
-    program = device.record([Kernels(device, half=False).read(words, out, workgroups=workgroups)])
-    best, passes, elapsed = 0.0, 1, 0.0
+    try:
+        program = device.record([Kernels(device, half=False).read(words, out, workgroups=workgroups)])
+        return words.size / await pass_seconds(device, program, out)
+    finally:
+        words.destroy()
+        out.destroy()
+
+
+async def pass_seconds(device: Device, program: Program, out: Buffer) -> float:
+    """Seconds that a program takes at best, which writes `out`; many times over, so that a wait does not count."""
+    await device.read(out, 0, 4, after=[program])  # compiled
+    best, passes = math.inf, 1
     for _ in range(3):
         while True:
             started = time.perf_counter()
@@ -419,9 +591,7 @@ async def read_bandwidth(device: Device) -> float:
             if elapsed >= _READ_SECONDS:
                 break
             passes *= 2
-        best = max(best, passes * words.size / elapsed)
-    words.destroy()
-    out.destroy()
+        best = min(best, elapsed / passes)
     return best
 
 
@@ -432,19 +602,25 @@ async def _host_time(model: Model, tokenizer: Tokenizer) -> HostTime:
         for program in model.decode_programs
     ]
     alone, beside = [], []
+    begun = time.perf_counter()
     for _ in range(_HOST_STEPS):
         started = time.perf_counter()
         reading = device.read(model.tokens, 0, 4, after=idle)
         alone.append(time.perf_counter() - started)
         await reading
+        if time.perf_counter() - begun > _HOST_SECONDS:
+            break
     model.begin(np.array([tokenizer.bos_id], np.uint32), Sampling(temperature=0))
     await model.prefill()
     await model.sample(1)
+    begun = time.perf_counter()
     for position in range(2, min(_HOST_STEPS + 2, model.context_length + 1)):
         started = time.perf_counter()
         reading = model.decode(position)
         beside.append(time.perf_counter() - started)
         await reading
+        if time.perf_counter() - begun > _HOST_SECONDS:
+            break
     model.sequence.forget()
     return HostTime(Figure.of(alone), Figure.of(beside))
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import gemma_wgpu
 from gemma_wgpu import structured, tables
 from gemma_wgpu.batch_file import Results, answers, read_requests
-from gemma_wgpu.bench import Load, Report, Shape, check_context, evict, model_hash
+from gemma_wgpu.bench import Load, Report, Shape, check_context, evict, model_hash, parse_depths
 from gemma_wgpu.bench import bench as run_bench
 from gemma_wgpu.conversation import Conversation
 from gemma_wgpu.errors import DeviceError, GemmaError, RequestError
@@ -346,6 +346,16 @@ def _moving(bar: tqdm[Any]) -> Callable[[int, int], None]:
     return move
 
 
+def _stepping(bar: tqdm[Any]) -> Callable[[str, int, int], None]:
+    """What moves `bar` when it is told what begins, how much is done, and of how much."""
+
+    def step(what: str, done: int, total: int) -> None:
+        bar.set_description(what.capitalize(), refresh=False)
+        _moving(bar)(done, total)
+
+    return step
+
+
 def _report(gemma: gemma_wgpu.Gemma, generation: Generation) -> None:
     stats = generation.stats
     click.secho(
@@ -519,7 +529,7 @@ def bench(
     """Measure how fast MODEL is, and where the time goes. benchmarks/README.md says how to read it."""
     chosen = [Shape.parse(shape) for shape in shapes] + ([Shape(prefill, decode)] if prefill or decode else [])
     chosen = chosen or [Shape.parse("pp512"), Shape.parse("tg128")]
-    at = [replace(shape, depth=tokens) for tokens in _parse_depths(depth) for shape in chosen]
+    at = [replace(shape, depth=tokens) for tokens in parse_depths(depth) for shape in chosen]
     for peer in peers:
         if peer not in PEERS:
             raise RequestError(f"there is no peer {peer!r}; choose from {', '.join(PEERS)}")
@@ -543,25 +553,17 @@ def bench(
             gemma.close()
     with gemma, ExitStack() as stack:
         engines = [stack.enter_context(closing(PEERS[peer](peer_path, longest + 1, threads))) for peer in peers]
-        with tqdm(desc="Measuring", unit=" runs", leave=False, disable=None) as bar:
+        with tqdm(unit=" steps", leave=False, disable=None) as bar:
             report = gemma.device.wait(
-                run_bench(gemma, at, repetitions=repetitions, peers=engines, progress=_moving(bar))
+                run_bench(gemma, at, repetitions=repetitions, peers=engines, progress=_stepping(bar))
             )
-    report = replace(report, load=Load(*seconds), sha256=model_hash(files))
+    report = replace(report, load=Load(seconds[0], seconds[1]), sha256=model_hash(files))
     click.echo(_FORMATS[form](report), nl=False)
     if plot:
         tables.plot(report, plot)
 
 
 _FORMATS: dict[str, Callable[[Report], str]] = {"md": tables.markdown, "csv": tables.to_csv, "json": Report.to_json}
-
-
-def _parse_depths(text: str) -> list[int]:
-    """Whole numbers, 1k being 1024."""
-    found = [re.fullmatch(r"(\d+)(k?)", part.strip().lower()) for part in text.split(",")]
-    if not all(found):
-        raise click.BadParameter(f"{text!r} is not a list of depths such as 0,1k,4k,16k", param_hint="--depth")
-    return [int(match[1]) << 10 * len(match[2]) for match in found if match]
 
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}

@@ -54,11 +54,16 @@ class Options(TypedDict, total=False):
 class Gemma:
     """A Gemma 3 on a GPU; `load` makes one. A context manager: `close` frees the GPU's memory.
 
+    `load_seconds` is what was spent on fetching and checking files, where that was done by itself.
+
     One conversation at a time: a new call of any method ends a Generation that is under way.
     """
 
-    def __init__(self, name: str, quantization: str, model: Model, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, name: str, quantization: str, model: Model, tokenizer: Tokenizer, seconds: dict[str, float]
+    ) -> None:
         self.name = name
+        self.load_seconds = seconds
         self.quantization = quantization
         self.tokenizer = tokenizer
         self._model = model
@@ -461,7 +466,7 @@ async def _load(
             except DeviceError as error:
                 needed = f"{weights.name} has {total / 1e6:,.0f} MB of weights to hold on the GPU"
                 raise DeviceError(f"{str(error).rstrip('.')} ({needed})") from error
-            return Gemma(weights.name, weights.quantization, model, tokenizer)
+            return Gemma(weights.name, weights.quantization, model, tokenizer, weights.seconds())
     except BaseException:
         device.close()
         raise

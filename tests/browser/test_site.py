@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page
 
 import gemma_wgpu
-from tests.browser.conftest import ROOT, SUB_PATH, complaints_of, serving
+from tests.browser.conftest import ROOT, SCREENSHOTS, SUB_PATH, complaints_of
 
-SCREENSHOTS = Path(__file__).parent / "screenshots"
 STARTED = 120_000  # milliseconds: patience with Pyodide on a slow machine
 RUN = 300_000  # and with a cell
 
@@ -76,14 +72,6 @@ class Notebook:
         self.page.wait_for_timeout(1000)
         SCREENSHOTS.mkdir(exist_ok=True)
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    root = tmp_path_factory.mktemp("root")
-    subprocess.run([sys.executable, ROOT / "site" / "build.py", "--output", root / SUB_PATH], check=True)
-    with serving(root) as origin:
-        yield origin
 
 
 @pytest.fixture
@@ -177,10 +165,12 @@ def test_the_front_page(browser: Browser, origin: str) -> None:
     complaints = complaints_of(page, [origin])
     page.goto(f"{origin}/{SUB_PATH}/")
     page.get_by_text("This browser has WebGPU").wait_for()
-    for link in page.locator("ol a").all():
-        path = re.search(r"path=(\w+\.ipynb)", link.get_attribute("href") or "")
+    *notebooks, bench = [link.get_attribute("href") or "" for link in page.locator("ol a").all()]
+    for link in notebooks:
+        path = re.search(r"path=(\w+\.ipynb)", link)
         assert path
         assert (ROOT / "site" / "content" / path[1]).is_file()
+    assert (ROOT / "site" / bench).is_file()
     SCREENSHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOTS / "front.png")
     assert complaints == []

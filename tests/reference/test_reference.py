@@ -10,6 +10,7 @@ import pytest
 
 from gemma_wgpu import Gemma, load
 from gemma_wgpu.weights.checkpoint import open_checkpoint
+from tests.reference import site_references
 from tests.reference.golden import (
     F16_DIVERGENCE,
     F16_GREEDY,
@@ -128,3 +129,7 @@ def test_int8_logits(int8: Gemma, prompt: str, report: Report) -> None:
     apart = divergence(last, golden.last_logits)
     report(f"divergence {apart:.1e}")
     assert 1e-5 < apart < INT8_DIVERGENCE  # less would mean that float was computed
+
+
+def test_the_benchmark_page_compares_with_what_was_recorded() -> None:
+    assert site_references.PATH.read_text(encoding="utf-8") == site_references.content()
