@@ -276,9 +276,9 @@ def _panels(reports: Sequence[Report]) -> Iterator[dict[str, Any]]:
             merged = found.setdefault(panel.title, {"title": panel.title, "x": panel.x, "y": panel.y, "lines": {}})
             for name, points in panel.lines.items():
                 merged["lines"][label + name] = [(x, *astuple(figure)) for x, figure in points]
-    for panel in found.values():
-        if len({point[0] for points in panel["lines"].values() for point in points}) > 1:
-            yield panel
+    for merged in found.values():
+        if len({point[0] for points in merged["lines"].values() for point in points}) > 1:
+            yield merged
 
 
 def _bars(reports: Sequence[Report]) -> Iterator[dict[str, Any]]:
