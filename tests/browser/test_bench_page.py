@@ -78,7 +78,6 @@ class Bench:
 
     def start(self) -> None:
         self.page.locator("#settings").get_by_role("button", name="Run").click()
-        self.page.locator("#running").wait_for()
 
     def wait(self) -> str:
         """Until nothing is under way; what there is to complain of."""
@@ -101,6 +100,13 @@ class Bench:
 
     def open(self, path: Path) -> None:
         self.page.locator("#import").set_input_files(path)
+
+    def remove(self, report: int) -> None:
+        """The last one, by its number from 1."""
+        last = self.page.locator("#reports details").nth(report - 1)
+        last.locator("summary").click()
+        last.get_by_role("button", name="Remove").click()
+        last.wait_for(state="detached")
 
     def clear(self) -> None:
         self.page.get_by_role("button", name="Clear").click()
@@ -235,9 +241,7 @@ def test_what_is_saved_can_be_opened(bench: Bench, measured: str, tmp_path: Path
     rows = list(csv.DictReader(bench.save("CSV").splitlines()))
     assert [row["adapter"].split()[0] for row in rows] == ["swiftshader"] * 2 + ["another"] * 2
     assert bench.save("Markdown").count("| pp8+tg3, decode |") == 2
-    bench.page.locator("#reports summary").last.click()
-    bench.page.get_by_role("button", name="Remove report 2").click()
-    bench.page.locator("#reports details").nth(1).wait_for(state="detached")
+    bench.remove(2)
     assert bench.card == card
     two.write_text(json.dumps(content | {"results": []}))
     bench.open(two)
@@ -314,8 +318,7 @@ def test_a_wrong_byte_makes_it_invalid(bench: Bench, measured: str) -> None:
     assert saved.match.same < saved.match.tokens
     assert not saved.valid
     bench.page.screenshot(path=SCREENSHOTS / "bench-invalid.png", full_page=True)
-    bench.page.get_by_role("button", name="Remove report 2").evaluate("button => button.click()")
-    bench.page.locator("#reports details").nth(1).wait_for(state="detached")
+    bench.remove(2)
 
 
 def test_it_can_be_cancelled_at_any_time(bench: Bench, measured: str) -> None:
