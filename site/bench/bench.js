@@ -191,9 +191,9 @@ const present = async (texts) => {
     find("#none").hidden = Boolean(shown);
     document.querySelectorAll(".needs-results").forEach((button) => (button.disabled = !shown));
     find("#card").replaceChildren(...(shown ? [table(shown.card, { class: "card" })] : []));
-    const warnings = shown?.reports.flatMap((report) => report.warnings.map((text) => [text, report.valid])) ?? [];
+    const warnings = new Set(shown?.reports.flatMap((report) => report.warnings));
     find("#warnings").replaceChildren(
-        ...[...new Map(warnings)].map(([text, valid]) => make("p", { class: valid ? "warning" : "warning void" }, text)),
+        ...[...warnings].map((text) => make("p", { class: text.startsWith("INVALID") ? "warning void" : "warning" }, text)),
     );
     find("#absent").textContent = shown?.absent.length ? `Not beside it: ${shown.absent.join(", ")}, absent from these reports.` : "";
     find("#headline").replaceChildren(...headline(shown?.reports.at(-1)));
