@@ -17,6 +17,7 @@ from tests.browser.conftest import complaints_of
 from tests.test_server import ENDLESS, command
 from tests.tiny import END_OF_TURN, HF, scripted_weights, token, write_folder
 
+expect.set_options(timeout=30_000)  # a machine that is busy fails nobody
 WIDTHS = {"phone": 360, "desktop": 1280}
 
 
