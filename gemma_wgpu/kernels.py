@@ -175,8 +175,9 @@ class Kernels:
         """A part of a matrix times a few float32 vectors; `stride` is the length of a row of `y`."""
         if self.tuning.subgroups:  # where `matmul` is made for few tokens already
             return self.matmul(part, state, x, y, stride=stride, max_count=max_count, half=False)
-        constants = _weights(part) | self._teams() | {"STRIDE": stride}
-        grid = *self._rows_grid(part.rows), ceil_div(max_count, 8)
+        vectors = min(max_count, 8)
+        constants = _weights(part) | self._teams() | {"STRIDE": stride, "VECTORS": vectors}
+        grid = *self._rows_grid(part.rows), ceil_div(max_count, vectors)
         return self._dispatch("matvecs", constants, (part.quants, part.scales, state, x, y), *grid)
 
     def matmul(
@@ -195,10 +196,10 @@ class Kernels:
 
         `half` says what `x` holds, if not what the precision says.
         """
-        rows, tokens = (64, 8) if self.tuning.subgroups else (64, 32)  # of a tile
+        tokens = min(1 << (max_count - 1).bit_length(), 8) if self.tuning.subgroups else 32  # of a tile
         constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale}
         bindings = (part.quants, part.scales, state, x, y)
-        grid = ceil_div(part.rows, rows), ceil_div(max_count, tokens)
+        grid = ceil_div(part.rows, 64), ceil_div(max_count, tokens)
         return self._dispatch("matmul", constants, bindings, *grid, half=half)
 
     def quantize(

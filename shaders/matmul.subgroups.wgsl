@@ -3,8 +3,8 @@
 //     y[t, r] = SCALE sum_k W[r, k] x[t, k]      for t < count, accumulated in f32
 //
 // W: weights.wgsl [ROWS, K]      x half [max count, K]      y f32 [max count, STRIDE]: columns [FIRST_ROW, FIRST_ROW + ROWS)
-// Grid: x = tiles of 64 rows, y = tiles of TOKENS = 8 tokens. A thread computes 8 tokens of a row: it loads the row's weights
-// once for all of them, and one token's x, which the threads of a subgroup hand to each other.
+// Grid: x = tiles of 64 rows, y = tiles of TOKENS tokens: 1, 2, 4 or 8. A thread computes a row for all of them: it loads the
+// row's weights once, and an eighth of each token's x, which the threads of a subgroup hand to each other.
 override TOKENS: u32;
 override K: u32;
 override ROWS: u32;
@@ -25,22 +25,19 @@ fn token_row(token: u32, index: u32) -> u32 {
     return min(token + index, state.count - 1u) * (K / 32u);
 }
 
-fn activations(block: u32) -> Block {
-    let at = block * 8u;
-    return Block(
-        vec4<f32>(x[at]), vec4<f32>(x[at + 1u]), vec4<f32>(x[at + 2u]), vec4<f32>(x[at + 3u]),
-        vec4<f32>(x[at + 4u]), vec4<f32>(x[at + 5u]), vec4<f32>(x[at + 6u]), vec4<f32>(x[at + 7u]),
-    );
-}
-
-// The product with token `index` of the tile, whose x thread `index` of the subgroup has. Subgroups of less than 8 load it.
-fn product(w: Block, mine: Block, index: u32, token: u32, block: u32, subgroup_size: u32) -> f32 {
-    if subgroup_size < 8u { return block_dot(w, activations(token_row(token, index) + block)); }
+// The product with token `index` of the tile at block `block`. Each of 8 threads loads an eighth of the token's x.
+fn product(w: Block, token: u32, index: u32, block: u32, lane: u32, size: u32) -> f32 {
+    let at = (token_row(token, index) + block) * 8u;
+    if size < 8u {
+        return block_dot(w, Block(
+            vec4<f32>(x[at]), vec4<f32>(x[at + 1u]), vec4<f32>(x[at + 2u]), vec4<f32>(x[at + 3u]),
+            vec4<f32>(x[at + 4u]), vec4<f32>(x[at + 5u]), vec4<f32>(x[at + 6u]), vec4<f32>(x[at + 7u]),
+        ));
+    }
+    let mine = vec4<f32>(x[at + lane % 8u]);
     return block_dot(w, Block(
-        subgroupShuffle(mine[0], index), subgroupShuffle(mine[1], index),
-        subgroupShuffle(mine[2], index), subgroupShuffle(mine[3], index),
-        subgroupShuffle(mine[4], index), subgroupShuffle(mine[5], index),
-        subgroupShuffle(mine[6], index), subgroupShuffle(mine[7], index),
+        subgroupShuffle(mine, 0u), subgroupShuffle(mine, 1u), subgroupShuffle(mine, 2u), subgroupShuffle(mine, 3u),
+        subgroupShuffle(mine, 4u), subgroupShuffle(mine, 5u), subgroupShuffle(mine, 6u), subgroupShuffle(mine, 7u),
     ));
 }
 
@@ -69,23 +66,30 @@ fn main(
     var s6 = 0.0;
     var s7 = 0.0;
     for (var block = 0u; block < blocks; block++) {
-        let mine = activations(token_row(token, lane % 8u) + block);
         let w = dequantize(first + block);
-        s0 += product(w, mine, 0u, token, block, size);
-        s1 += product(w, mine, 1u, token, block, size);
-        s2 += product(w, mine, 2u, token, block, size);
-        s3 += product(w, mine, 3u, token, block, size);
-        s4 += product(w, mine, 4u, token, block, size);
-        s5 += product(w, mine, 5u, token, block, size);
-        s6 += product(w, mine, 6u, token, block, size);
-        s7 += product(w, mine, 7u, token, block, size);
+        s0 += product(w, token, 0u, block, lane, size);
+        if TOKENS > 1u { s1 += product(w, token, 1u, block, lane, size); }
+        if TOKENS > 2u {
+            s2 += product(w, token, 2u, block, lane, size);
+            s3 += product(w, token, 3u, block, lane, size);
+        }
+        if TOKENS > 4u {
+            s4 += product(w, token, 4u, block, lane, size);
+            s5 += product(w, token, 5u, block, lane, size);
+            s6 += product(w, token, 6u, block, lane, size);
+            s7 += product(w, token, 7u, block, lane, size);
+        }
     }
     store(token + 0u, row, s0);
-    store(token + 1u, row, s1);
-    store(token + 2u, row, s2);
-    store(token + 3u, row, s3);
-    store(token + 4u, row, s4);
-    store(token + 5u, row, s5);
-    store(token + 6u, row, s6);
-    store(token + 7u, row, s7);
+    if TOKENS > 1u { store(token + 1u, row, s1); }
+    if TOKENS > 2u {
+        store(token + 2u, row, s2);
+        store(token + 3u, row, s3);
+    }
+    if TOKENS > 4u {
+        store(token + 4u, row, s4);
+        store(token + 5u, row, s5);
+        store(token + 6u, row, s6);
+        store(token + 7u, row, s7);
+    }
 }

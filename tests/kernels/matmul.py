@@ -26,6 +26,8 @@ class Case:
 
 _CASES = (
     *(Case(layout, 75, 256, (1, 33), 40, half) for half in (False, True) for layout in Layout),
+    Case(Layout.INT8, 75, 256, (1,), 1, half=False),
+    Case(Layout.INT4, 75, 256, (1, 2), 2, half=False),
     Case(Layout.INT8, 7, 96, (3,), 3, half=False),  # scales that begin in the middle of a word
     Case(Layout.INT4, 130, 640, (32, 64, 65), 70, half=True, first_row=64),
     Case(Layout.INT4_OFFSET, 64, 1152, (31,), 32, half=False, scale=4.0),
