@@ -236,7 +236,7 @@ const open = async (files) => {
 // Settings, which are in the address too.
 
 const form = find("#settings");
-const PEERS = ["transformers.js"];
+const PEERS = ["transformers.js", "wllama"];
 const files = find("#folder");
 
 const fields = () => [...new FormData(form)].filter(([name, value]) => name && typeof value === "string");

@@ -23,11 +23,12 @@ from gemma_wgpu.gpu import open_device
 from gemma_wgpu.hub import hosted
 from gemma_wgpu.micro import MODELS, Timings, time_kernels
 from gemma_wgpu.records import structured
+from gemma_wgpu.tokenizer import Tokenizer
 from gemma_wgpu.tuning import tuned
 from gemma_wgpu.weights.manifest import MANIFEST, Manifest
 
 _MOST_BARS = 8
-_PEERS = {"transformers.js"}
+_PEERS = {"transformers.js", "wllama"}
 Progress = Callable[[str, int, int], None]
 Settings = dict[str, Any]
 
@@ -101,7 +102,8 @@ class Page:
             peers = []
             for peer in settings["peers"]:
                 progress(f"loading {peer['kind']} and its model", 0, 0)
-                peers.append(stack.enter_context(closing(await self._peer(peer))))
+                opened = await self._peer(peer, gemma.tokenizer, max(shape.context for shape in shapes))
+                peers.append(stack.enter_context(closing(opened)))
             report = await bench(
                 gemma,
                 shapes,
@@ -169,34 +171,37 @@ class Page:
         """Reports as one CSV file."""
         return tables.to_csv(*map(Report.from_json, texts))
 
-    async def _peer(self, peer: dict[str, str]) -> Peer:
+    async def _peer(self, peer: dict[str, str], tokenizer: Tokenizer, context: int) -> Peer:
         try:
-            opened = await self._open_peer(peer["kind"], peer["library"], peer["model"])
+            opened = await self._open_peer(peer["kind"], peer["library"], peer["model"], context)
         except JsException as error:
             raise RequestError(f"{peer['kind']} cannot be had: {' '.join(error.message.split())}") from error
-        return Peer(peer["kind"], opened)
+        return Peer(peer["kind"], opened, tokenizer)
 
 
 class Peer(Engine):
     """What peers.js opens."""
 
-    def __init__(self, name: str, opened: Any) -> None:
-        self.name, self._opened = name, opened
+    def __init__(self, name: str, opened: Any, tokenizer: Tokenizer) -> None:
+        self.name, self._opened, self._tokenizer = name, opened, tokenizer
         self.versions = opened.versions.to_py()
 
     async def fill(self, ids: Sequence[int]) -> None:
         """As Engine says."""
-        await self._call(self._opened.fill(to_js(list(ids))))
+        await self._call(self._opened.fill(*self._given(ids)))
 
     async def run(self, ids: Sequence[int], decode: int) -> Run:
         """As Engine says."""
-        found = await self._call(self._opened.run(to_js(list(ids)), decode))
+        found = await self._call(self._opened.run(*self._given(ids), decode))
         prefill, *others = found.seconds.to_py()
         return Run(found.cached, prefill, sum(others), found.ids.to_py(), others)
 
     def close(self) -> None:
         """As Engine says."""
         self._opened.close()
+
+    def _given(self, ids: Sequence[int]) -> tuple[Any, str]:
+        return to_js(list(ids)), self._tokenizer.decode(list(ids), control=False)
 
     async def _call(self, promise: Awaitable[Any]) -> Any:
         try:

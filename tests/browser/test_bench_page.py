@@ -362,3 +362,16 @@ def test_what_cannot_be_measured(bench: Bench) -> None:
         bench.fill(**{"model": "../models/small", "shapes": "tg1"} | settings)
         bench.start()
         assert message in bench.wait()
+
+
+@pytest.mark.parametrize("kind", ["transformers.js", "wllama"])
+def test_a_peer_that_is_not_there(bench: Bench, kind: str) -> None:
+    bench.page.evaluate("() => { document.querySelector('#peers').open = true; }")
+    bench.fill(model="../models/small", shapes="tg1")
+    fields = [bench.page.locator(f'[name="{kind} {what}"]') for what in ("library", "model")]
+    for field in fields:
+        field.fill("../nowhere.js")
+    bench.start()
+    assert re.fullmatch(rf"{kind} cannot be had: .*/nowhere\.js", bench.wait())
+    for field in fields:
+        field.fill("")
