@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gpu.device import Buffer, Dispatch, Program
 from gemma_wgpu.kernels import VOCABULARY_PART, ceil_div
-from gemma_wgpu.model import STATE_BYTES, Layer, Mask, Model
+from gemma_wgpu.model import STATE_BYTES, Layer, Mask, Model, seen_bits
 from gemma_wgpu.sampling import Sampling
 from gemma_wgpu.weights.upload import Matrix
 
@@ -117,9 +117,8 @@ class Batch:
         for capacity, state in self._copies.items():
             self._write(state, [0, min(length, capacity), 0, slot, 0])
         model.device.submit([self._copy_program])
-        seen = np.zeros(self._seen_words, np.uint32)
         ids = np.array([*model.sequence.ids[:length], token], np.uint32)
-        np.bitwise_or.at(seen, ids // 32, np.uint32(1) << (ids % 32))
+        seen = seen_bits(ids, model.config.vocab_size)
         model.device.write(self._seen, seen, slot * seen.nbytes)
         model.device.write(self._tokens, ids[-1:], 4 * (slot * self._context + length))
         member = Member(slot, length, sampling)

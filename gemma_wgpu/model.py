@@ -468,9 +468,7 @@ class Model:
         the last one. Returns the new `turn`, which tells whether the sequence is still the same one.
         """
         self.sequence.begin(ids.tolist(), len(ids) - 1 if first is None else first)
-        seen = np.zeros(self.seen.size // 4, np.uint32)
-        np.bitwise_or.at(seen, ids // 32, np.uint32(1) << (ids % 32))
-        self.device.write(self.seen, seen)
+        self.device.write(self.seen, seen_bits(ids, self.config.vocab_size))
         self.device.write(self.sampling, sampling.words())
         self.device.write(self.tokens, ids)
         self.turn += 1
@@ -602,6 +600,13 @@ class Model:
 
     def _set_state(self, position: int, count: int, first: int = 0) -> None:
         self.device.write(self.state, np.array([position, count, first, 0, 0], np.uint32))
+
+
+def seen_bits(ids: NDArray[np.uint32], vocab: int) -> NDArray[np.uint32]:
+    """A bit a token of the vocabulary, set for those of `ids`: u32 [vocab / 32], rounded up."""
+    seen = np.zeros(ceil_div(vocab, 32), np.uint32)
+    np.bitwise_or.at(seen, ids // 32, np.uint32(1) << (ids % 32))
+    return seen
 
 
 def expected_bytes(

@@ -128,6 +128,14 @@ def random_packed(rng: np.random.Generator, layout: Layout, rows: int, cols: int
     return Packed(layout, rows, cols, quants, scales)
 
 
+def repeated_packed(rng: np.random.Generator, layout: Layout, rows: int, cols: int) -> tuple[Packed, Packed]:
+    """(period, matrix): a matrix that, where it is large, repeats the rows of its period."""
+    period = random_packed(rng, layout, min(rows, 8190), cols)
+    quants = np.resize(period.quants, layout.quant_words(rows, cols))
+    scales = np.resize(period.scales, layout.scale_words(rows, cols))
+    return period, Packed(layout, rows, cols, quants, scales)
+
+
 def product(packed: Packed, x: Floats) -> tuple[Floats, Floats]:
     """x [tokens, K] times the transposed matrix, and the same of the magnitudes: what errors are relative to."""
     weights = packed.dequantize().T

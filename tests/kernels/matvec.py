@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.weights.layouts import Layout, Packed
-from tests.kernels.bench import F32_SUM, UNTOUCHED, Bench, close, product, random_packed, same
+from gemma_wgpu.weights.layouts import Layout
+from tests.kernels.bench import F32_SUM, UNTOUCHED, Bench, close, product, repeated_packed, same
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,7 @@ CASES = (
 
 async def check(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.rows)
-    period = random_packed(rng, case.layout, min(case.rows, 8190), case.cols)  # of a large matrix, which it repeats
-    quants = np.resize(period.quants, case.layout.quant_words(case.rows, case.cols))
-    scales = np.resize(period.scales, case.layout.scale_words(case.rows, case.cols))
-    packed = Packed(case.layout, case.rows, case.cols, quants, scales)
+    period, packed = repeated_packed(rng, case.layout, case.rows, case.cols)
     x = rng.standard_normal(case.cols, np.float32)
     end = case.first_row + case.rows
     with Bench(device, half=case.half, lanes=case.lanes, subgroups=case.subgroups) as bench:
