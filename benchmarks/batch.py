@@ -13,7 +13,7 @@ import click
 
 import gemma_wgpu
 from gemma_wgpu import Gemma
-from gemma_wgpu.bench import prompt_ids
+from gemma_wgpu.bench.run import prompt_ids
 
 
 def alone(gemma: Gemma, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], float]:

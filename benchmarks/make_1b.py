@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.models.config import Gemma3Config
 from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes
 
 CONFIG: dict[str, object] = {

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.make_1b import CONFIG, bf16
-from gemma_wgpu.hub import find
+from gemma_wgpu.fetch.hub import find
 from gemma_wgpu.weights.checkpoint import Checkpoint, matrix_shapes, norm_shapes, open_checkpoint
 from tests.checkpoints import write_hf
 

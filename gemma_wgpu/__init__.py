@@ -7,12 +7,13 @@ with gemma_wgpu.load("demo") as gemma:
         print(piece, end="", flush=True)
 """
 
-from gemma_wgpu import cache, structured
+from gemma_wgpu.engine import structured
+from gemma_wgpu.engine.generation import Generation, Generations
+from gemma_wgpu.engine.request import Piece, Stats
+from gemma_wgpu.engine.sampling import Sampling
 from gemma_wgpu.errors import DeviceError, GemmaError, ModelError, RequestError
+from gemma_wgpu.fetch import cache
 from gemma_wgpu.gemma import Gemma, load, load_async
-from gemma_wgpu.generate import Generation, Generations
-from gemma_wgpu.sampling import Sampling
-from gemma_wgpu.text import Piece, Stats
 
 __all__ = [
     "DeviceError",

@@ -10,22 +10,23 @@ from typing import Self, TypedDict, Unpack, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu import html, session
-from gemma_wgpu.batch import Batch
-from gemma_wgpu.chat import Message, encode_chat
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu import html
+from gemma_wgpu.engine import session
+from gemma_wgpu.engine.batch import Batch
+from gemma_wgpu.engine.generation import Generation, Generations
+from gemma_wgpu.engine.model import PREFILL_CHUNK, Model
+from gemma_wgpu.engine.request import Text
+from gemma_wgpu.engine.sampling import Sampling, check_integer
+from gemma_wgpu.engine.scheduler import Scheduler
+from gemma_wgpu.engine.structured import Constraint, Grammars
 from gemma_wgpu.errors import DeviceError, RequestError
-from gemma_wgpu.generate import Generation, Generations
+from gemma_wgpu.fetch.hub import open_model
 from gemma_wgpu.gpu import open_device, open_device_sync
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.hub import open_model
-from gemma_wgpu.model import PREFILL_CHUNK, Model
-from gemma_wgpu.sampling import Sampling, check_integer
-from gemma_wgpu.scheduler import Scheduler
-from gemma_wgpu.structured import Constraint, Grammars
-from gemma_wgpu.text import Text
-from gemma_wgpu.tokenizer import Tokenizer
-from gemma_wgpu.tuning import tuned
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.tuning import tuned
+from gemma_wgpu.tokens.chat import Message, encode_chat
+from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.weights.checkpoint import matrix_shapes
 
 PRECISIONS = ("auto", "f16", "f32")

@@ -26,8 +26,8 @@ from jupyterlite_pyodide_kernel.constants import PYODIDE_CDN_URL, PYODIDE_KERNEL
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gemma_wgpu.bench import model_hash
-from gemma_wgpu.hub import find
+from gemma_wgpu.bench.run import model_hash
+from gemma_wgpu.fetch.hub import find
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import convert
 

@@ -7,8 +7,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
 from numpy.typing import NDArray
 
+from gemma_wgpu.ops.layout import Layout, Packed
 from gemma_wgpu.weights import encodings
-from gemma_wgpu.weights.layouts import Layout, Packed
 
 _REPLACED = ("general.architecture", "general.file_type", "general.quantization_version")
 _ENCODINGS = {

@@ -11,7 +11,7 @@ from gguf.quants import quant_shape_to_byte_shape
 from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize_file
 
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.models.config import Gemma3Config
 from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes
 from gemma_wgpu.weights.gguf import gguf_name
 

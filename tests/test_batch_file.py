@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gemma_wgpu import Gemma, load
-from gemma_wgpu.batch_file import Results
-from gemma_wgpu.cli import main
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.apps.batch_file import Results
+from gemma_wgpu.apps.cli import main
 from gemma_wgpu.errors import RequestError
+from gemma_wgpu.models.config import Gemma3Config
 from tests.tiny import HF, random_weights, write_folder
 
 SECONDS = 60  # until something that hangs is given up
@@ -116,7 +116,7 @@ def test_killed_again_and_again(tmp_path: Path, folder: str) -> None:
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
     assert run(source, undisturbed, folder).exit_code == 0
     rng = random.Random(0)
-    line = [sys.executable, "-c", "from gemma_wgpu.cli import main; main()", "batch", source, str(out)]
+    line = [sys.executable, "-c", "from gemma_wgpu.apps.cli import main; main()", "batch", source, str(out)]
     line += ["--model", folder, "--precision", "f32"]
     for _ in range(KILLS):
         before = out.stat().st_size if out.exists() else 0

@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from gemma_wgpu import Gemma, RequestError, load, tables
-from gemma_wgpu.bench import (
+from gemma_wgpu import Gemma, RequestError, load
+from gemma_wgpu.apps.cli import main
+from gemma_wgpu.bench import tables
+from gemma_wgpu.bench.peers import PEERS
+from gemma_wgpu.bench.run import (
     Engine,
     Match,
     Prompt,
@@ -31,11 +34,9 @@ from gemma_wgpu.bench import (
     prompt_ids,
     read_bandwidth,
 )
-from gemma_wgpu.cli import main
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.gpu import open_device_sync
-from gemma_wgpu.peers import PEERS
-from gemma_wgpu.tuning import candidates
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.tuning import candidates
 from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes, open_checkpoint
 from gemma_wgpu.weights.convert import convert
 from tests.tiny import HF, random_weights, reference_logits, write_folder

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from gemma_wgpu import ModelError, cache
-from gemma_wgpu.cache import Cached
-from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.download import download
+from gemma_wgpu.fetch.cache import Cached
+from gemma_wgpu.fetch.download import download
+from gemma_wgpu.models.config import Gemma3Config
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import convert
 from tests.host import Host, answer

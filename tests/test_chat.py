@@ -6,9 +6,9 @@ from random import Random
 import pytest
 import tokenizers
 
-from gemma_wgpu.chat import encode_chat, render
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
+from gemma_wgpu.tokens.chat import encode_chat, render
+from gemma_wgpu.tokens.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
 from tests.vocabulary import Vocabulary, golden, random_text, read_vocabulary, rust_ids, rust_tokenizer
 
 CHATS = golden()["chats"]

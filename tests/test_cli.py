@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-import gemma_wgpu.cli
+import gemma_wgpu.apps.cli
 import gemma_wgpu.gemma
-from gemma_wgpu.cli import main
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.apps.cli import main
 from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.kernels import usual_tuning
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.kernels import usual_tuning
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from tests.reference.golden import FOLDER
 from tests.tiny import DAMAGES, END_OF_TURN, EOS, HF, scripted_weights, token, write_damaged, write_folder
@@ -318,11 +318,11 @@ def test_an_interrupt_while_printing(story: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_interrupt_while_loading(story: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Bar(gemma_wgpu.cli.tqdm):  # type: ignore[misc, name-defined]
+    class Bar(gemma_wgpu.apps.cli.tqdm):  # type: ignore[misc, name-defined]
         def update(self, n: float | None = 1) -> None:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(gemma_wgpu.cli, "tqdm", Bar)
+    monkeypatch.setattr(gemma_wgpu.apps.cli, "tqdm", Bar)
     result = run("generate", "x", "--model", story)
     assert result.exit_code == 130
     assert result.stdout == ""

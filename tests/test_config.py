@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.models.config import Gemma3Config
 from tests.checkpoints import gguf_metadata
 
 # As published with google/gemma-3-1b-it (the keys that matter).

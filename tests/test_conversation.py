@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_wgpu.chat import encode_chat
-from gemma_wgpu.conversation import Conversation
+from gemma_wgpu.apps.conversation import Conversation
 from gemma_wgpu.errors import RequestError
-from gemma_wgpu.tokenizer import BPETokenizer
+from gemma_wgpu.tokens.chat import encode_chat
+from gemma_wgpu.tokens.tokenizer import BPETokenizer
 from tests.tiny import PIECES, TYPES
 
 TOKENIZER = BPETokenizer(PIECES, -np.arange(len(PIECES), dtype=np.float32), np.array(TYPES, np.int32))

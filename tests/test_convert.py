@@ -18,11 +18,11 @@ from gguf import GGMLQuantizationType
 from safetensors import safe_open
 
 from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights import convert as module
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint, matrix_shapes, norm_shapes, open_checkpoint
 from gemma_wgpu.weights.convert import convert, default_quant
 from gemma_wgpu.weights.folder import FolderCheckpoint
-from gemma_wgpu.weights.layouts import Layout
 from gemma_wgpu.weights.quantize import quantize
 from tests.checkpoints import (
     CONFIG,

@@ -23,10 +23,10 @@ import pytest
 from gguf import GGMLQuantizationType
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from gemma_wgpu import download as module
-from gemma_wgpu.download import cache_folder
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.hub import find
+from gemma_wgpu.fetch import download as module
+from gemma_wgpu.fetch.download import cache_folder
+from gemma_wgpu.fetch.hub import find
 from gemma_wgpu.weights.checkpoint import EMBEDDING, open_checkpoint
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.folder import FolderCheckpoint
@@ -443,7 +443,7 @@ def test_a_cache_that_cannot_be_written(host: Host, cache: Path) -> None:
 
 
 def process(url: str) -> subprocess.Popen[str]:
-    script = "import sys; from gemma_wgpu.hub import find; print(find(sys.argv[1]))"
+    script = "import sys; from gemma_wgpu.fetch.hub import find; print(find(sys.argv[1]))"
     return subprocess.Popen([sys.executable, "-c", script, url], stdout=subprocess.PIPE, text=True)
 
 
@@ -608,7 +608,7 @@ def hub(versions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 FIND = """
 import json, sys
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.hub import find
+from gemma_wgpu.fetch.hub import find
 found = {}
 for name in sys.argv[1:]:
     try:

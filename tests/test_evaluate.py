@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gemma_wgpu import Gemma, RequestError, load
-from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.evaluate import Evaluation, evaluate
+from gemma_wgpu.bench.evaluate import Evaluation, evaluate
+from gemma_wgpu.models.config import Gemma3Config
 from tests.test_cli import refused, run
 from tests.tiny import BOS, HF, PIECES, random_weights, reference_logits, write_folder
 

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights.checkpoint import EMBEDDING, matrix_shapes, open_checkpoint
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.folder import FolderCheckpoint
-from gemma_wgpu.weights.layouts import Layout
 from gemma_wgpu.weights.manifest import Entry, Manifest, plan
 from gemma_wgpu.weights.summary import summarize
 from tests.checkpoints import CONFIG, gguf_metadata, gguf_tensors, resident, same_bits, write_gguf

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 import gemma_wgpu.gemma
 from gemma_wgpu import DeviceError, Gemma, ModelError, RequestError, load, load_async
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Buffer, Device, Dispatch
+from gemma_wgpu.models.config import Gemma3Config
 from gemma_wgpu.weights.checkpoint import EMBEDDING
 from tests.tiny import (
     DAMAGES,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gemma_wgpu import Gemma, Generation, Piece, RequestError, load
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.models.config import Gemma3Config
 from gemma_wgpu.weights.checkpoint import EMBEDDING
 from tests.tiny import (
     BOS,
@@ -316,13 +316,13 @@ def test_however_far_ahead_the_gpu_is(
 ) -> None:
     texts = []
     for lateness in (0, 1e9):
-        monkeypatch.setattr("gemma_wgpu.generate._LATENESS", lateness)
+        monkeypatch.setattr("gemma_wgpu.engine.generation._LATENESS", lateness)
         texts.append(tell(random, prompt(5), seed=11, max_new_tokens=40, **options).ids)
     assert texts[0] == texts[1]
 
 
 def test_steps_past_the_end_leave_nothing_behind(scripted: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemma_wgpu.generate._LATENESS", 1e9)
+    monkeypatch.setattr("gemma_wgpu.engine.generation._LATENESS", 1e9)
     assert tell(scripted, [LOOP[0]], stop="xy").text == "yz"
     assert tell(scripted, STORY[:1]).text == " cat sat on a mat"
     for _ in islice(scripted.generate([LOOP[0]], temperature=0), 2):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gemma_wgpu import DeviceError, Gemma, Generation, Generations, RequestError, load
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.engine.request import Text
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.kernels import Tuning
-from gemma_wgpu.text import Text
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.kernels import Tuning
 from tests.tiny import BOS, END_OF_TURN, EOS, HF, PIECES, random_weights, reference_logits, scripted_weights, token
 from tests.tiny import write_folder as write
 

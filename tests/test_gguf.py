@@ -12,13 +12,13 @@ from gguf.quants import dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights import encodings
 from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes, open_checkpoint
 from gemma_wgpu.weights.encodings import Encoding
 from gemma_wgpu.weights.gguf import gguf_name
-from gemma_wgpu.weights.layouts import Layout
 from gemma_wgpu.weights.stored import MappedFile, StoredTensor
 from tests.checkpoints import CONFIG, Raw, blocks, gguf_metadata, gguf_tensors, same_bits, write_gguf
 

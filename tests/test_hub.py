@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from gemma_wgpu import ModelError
-from gemma_wgpu.hub import find
+from gemma_wgpu.fetch.hub import find
 
 NAME = "someone/gemma-3-1b-it"
 

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.weights.layouts import Layout, Packed, pack_halves, pack_nibbles, unpack_nibbles, widen
+from gemma_wgpu.ops.layout import Layout, Packed, pack_halves, pack_nibbles, unpack_nibbles, widen
 from tests.checkpoints import same_bits
 
 WIDTHS = {layout: (256, 768) if layout.group == 256 else (32, 96, 640) for layout in Layout}

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
+from gemma_wgpu.bench.micro import Timings, time_kernels
+from gemma_wgpu.bench.records import structured
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gpu import open_device_sync
-from gemma_wgpu.kernels import usual_tuning
-from gemma_wgpu.micro import Timings, time_kernels
-from gemma_wgpu.records import structured
+from gemma_wgpu.ops.kernels import usual_tuning
 
 TOKENS = 40
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gemma_wgpu import Gemma, load
-from gemma_wgpu.evaluate import Evaluation, evaluate
+from gemma_wgpu.bench.evaluate import Evaluation, evaluate
 from gemma_wgpu.weights import convert as module
 from gemma_wgpu.weights.checkpoint import open_checkpoint
 from tests import bf16

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.ops.layout import Layout, Packed, pack_halves, pack_nibbles, unpack_nibbles
 from gemma_wgpu.weights import encodings
-from gemma_wgpu.weights.layouts import Layout, Packed, pack_halves, pack_nibbles, unpack_nibbles
 from gemma_wgpu.weights.quantize import quantize
 from tests.checkpoints import same_bits
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from examples.ray_batch import main
 from gemma_wgpu import load
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.models.config import Gemma3Config
 from tests.tiny import HF, random_weights, write_folder
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes, open_checkpoint
-from gemma_wgpu.weights.layouts import Layout
 from tests.checkpoints import CONFIG, HF_CONFIG, hf_tensors, same_bits, write_hf, write_safetensors
 
 Tensors = dict[str, tuple[str, NDArray[np.generic]]]

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_wgpu.sequence import Sequence
+from gemma_wgpu.engine.sequence import Sequence
 
 WINDOW, SPARE, CONTEXT = 5, 3, 40
 

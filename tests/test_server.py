@@ -25,10 +25,10 @@ from openai import OpenAI
 from pydantic import BaseModel, Field, ValidationError
 
 from gemma_wgpu import DeviceError, Gemma, RequestError, load
-from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.server import app as server_app
-from gemma_wgpu.server.engine import Engine
-from gemma_wgpu.server.metrics import Metrics
+from gemma_wgpu.apps.server import app as server_app
+from gemma_wgpu.apps.server.engine import Engine
+from gemma_wgpu.apps.server.metrics import Metrics
+from gemma_wgpu.models.config import Gemma3Config
 from tests.tiny import (
     BOS,
     END_OF_TURN,
@@ -796,7 +796,7 @@ def test_a_failure_is_told(endless: Gemma, monkeypatch: pytest.MonkeyPatch) -> N
 @contextmanager
 def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`gemma-wgpu serve`, and where it says that it is."""
-    line = [sys.executable, "-c", "from gemma_wgpu.cli import main; main()", "serve", "--port", "0", *arguments]
+    line = [sys.executable, "-c", "from gemma_wgpu.apps.cli import main; main()", "serve", "--port", "0", *arguments]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -14,7 +14,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from gemma_wgpu import load
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.models.config import Gemma3Config
 from tests.test_server import NAME, Served, serving
 from tests.tiny import HF, random_weights, write_folder
 

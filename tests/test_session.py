@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gemma_wgpu import DeviceError, Gemma, RequestError, load
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.models.config import Gemma3Config
 from tests.tiny import HF, PIECES, random_weights, reference_logits, write_folder
 
 CONFIG = Gemma3Config.from_hf(HF)
@@ -68,7 +68,7 @@ def test_what_the_cache_holds_is_not_computed_again(gemma: Gemma) -> None:
 def test_after_any_history_the_logits_are_those_of_a_fresh_start(
     gemma: Gemma, ahead: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemma_wgpu.generate._LATENESS", ahead)
+    monkeypatch.setattr("gemma_wgpu.engine.generation._LATENESS", ahead)
     gemma.reset()
     for length, common, count in ((20, 0, 9), (50, 20, 30), (90, 84, 12), (91, 60, 3), (70, 62, 40), (30, 29, 1)):
         reused(gemma, [*IDS[:common], *IDS[common + 3 : length]], count)
@@ -114,7 +114,7 @@ def test_a_session_goes_on(gemma: Gemma, kept: Path) -> None:
 
 def test_a_session_of_a_generation(gemma: Gemma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where steps ran past its end, and round the ring."""
-    monkeypatch.setattr("gemma_wgpu.generate._LATENESS", 1e9)
+    monkeypatch.setattr("gemma_wgpu.engine.generation._LATENESS", 1e9)
     for length in (10, 50):
         generation = gemma.generate(IDS[:length], temperature=0)
         for _ in range(12):

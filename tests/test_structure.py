@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.engine.model import Model
 from gemma_wgpu.gpu.device import Adapter, AdapterInfo, Buffer, Constants, Dispatch, Limits, Program
 from gemma_wgpu.gpu.ledger import Ledger
-from gemma_wgpu.model import Model
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Source, matrix_shapes, norm_shapes
-from gemma_wgpu.weights.layouts import Layout
 from tests.reference.random_1b import CONFIG
 
 LAYERS = 26

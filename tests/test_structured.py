@@ -13,11 +13,11 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from gemma_wgpu import Gemma, Generation, RequestError, load, structured
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.engine.structured import Constraint, Grammars, Matcher
+from gemma_wgpu.fetch.hub import find
 from gemma_wgpu.gemma import Options
-from gemma_wgpu.hub import find
-from gemma_wgpu.structured import Constraint, Grammars, Matcher
-from gemma_wgpu.tokenizer import Tokenizer
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.weights.checkpoint import EMBEDDING, open_checkpoint
 from tests.schemas import Schema, random_schema
 from tests.tiny import BOS, END_OF_TURN, EOS, HF, PIECES, random_weights, scripted_weights, token, write_folder
@@ -424,7 +424,7 @@ def test_choices_that_are_wrong(options: Sequence[str]) -> None:
 
 
 def test_what_is_no_constraint(gemma: Gemma) -> None:
-    message = "constraint is a dict; make one by gemma_wgpu.structured.json_schema"
+    message = "constraint is a dict; make one by gemma_wgpu.engine.structured.json_schema"
     refused(message, lambda: gemma.generate("a", constraint={"type": "object"}))  # type: ignore[call-overload]
     refused(message, lambda: gemma.chat("a", constraint={}))  # type: ignore[call-overload]
     refused("the constraint cannot be kept: ", lambda: gemma.generate("a", constraint=Constraint("{")))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from gemma_wgpu.config import Gemma3Config
-from gemma_wgpu.terminal import _split
+from gemma_wgpu.apps.terminal import _split
+from gemma_wgpu.models.config import Gemma3Config
 from tests.tiny import END_OF_TURN, HF, scripted_weights, token, write_folder
 
 COMMAND = str(Path(sys.executable).with_name("gemma-wgpu"))

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
+from gemma_wgpu.tokens.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
 from tests.data.record_tokens import fingerprint
 from tests.vocabulary import Vocabulary, golden, random_text, read_vocabulary, rust_ids, rust_tokenizer
 
@@ -111,7 +111,7 @@ def test_encodes_a_word_of_100_000_letters(bpe: BPETokenizer, rust: tokenizers.T
 def test_words_remembered_past_the_limit_stay_right(
     bpe: BPETokenizer, rust: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemma_wgpu.bpe._CACHED_WORDS", 3)
+    monkeypatch.setattr("gemma_wgpu.tokens.bpe._CACHED_WORDS", 3)
     text = "one two three four five six one two three " * 3
     assert bpe.encode(text, bos=False) == rust_ids(rust, text)
 

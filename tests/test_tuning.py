@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import gemma_wgpu.tuning
+import gemma_wgpu.ops.tuning
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.kernels import Tuning, usual_tuning
-from gemma_wgpu.tuning import candidates, chosen, tuned, variants
+from gemma_wgpu.ops.kernels import Tuning, usual_tuning
+from gemma_wgpu.ops.tuning import candidates, chosen, tuned, variants
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_measured_once(device: Device, cache: Path, monkeypatch: pytest.MonkeyPa
     assert tuning in candidates(device).values()
     assert device.allocated == before
     assert list(json.loads((cache / "tuning.json").read_text()).values()) == [str(tuning)]
-    monkeypatch.setattr(gemma_wgpu.tuning, "_seconds", None)  # would fail if it were called again
+    monkeypatch.setattr(gemma_wgpu.ops.tuning, "_seconds", None)  # would fail if it were called again
     assert device.wait(tuned(device)) == chosen(device) == tuning
 
 
@@ -47,7 +47,7 @@ def test_the_fastest_is_taken(device: Device, cache: Path, monkeypatch: pytest.M
     async def seconds(_: Device, tuning: Tuning) -> float:
         return 1.0 if tuning == fastest else 2.0
 
-    monkeypatch.setattr(gemma_wgpu.tuning, "_seconds", seconds)
+    monkeypatch.setattr(gemma_wgpu.ops.tuning, "_seconds", seconds)
     assert device.wait(tuned(device)) == fastest
 
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.tokenizer import BPETokenizer
-from gemma_wgpu.vocabulary import Vocabulary
+from gemma_wgpu.tokens.tokenizer import BPETokenizer
+from gemma_wgpu.tokens.vocabulary import Vocabulary
 from tests.vocabulary import random_text, read_vocabulary, rust_ids, rust_tokenizer, small_tokenizer_json
 
 

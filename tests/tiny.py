@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.models.config import Gemma3Config
 from gemma_wgpu.weights.checkpoint import EMBEDDING, matrix_shapes, norm_shapes
 from gemma_wgpu.weights.gguf import gguf_name
 from tests.checkpoints import Raw, blocks, gguf_metadata, gguf_tensors, write_gguf, write_hf

@@ -2,8 +2,8 @@
 
 import sys
 
+from gemma_wgpu.fetch.store import Cache, Folder
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.gpu.store import Cache, Folder
 
 
 async def open_device() -> Device:
@@ -31,7 +31,7 @@ def open_device_sync() -> Device:
 def hosted_folder(name: str) -> Folder | None:
     """The folder at a web address, on a platform that holds models itself. None for other names, and elsewhere."""
     if sys.platform == "emscripten":
-        from gemma_wgpu.gpu.browser_store import open_folder
+        from gemma_wgpu.fetch.browser_store import open_folder
 
         return open_folder(name)
     return None
@@ -40,9 +40,9 @@ def hosted_folder(name: str) -> Folder | None:
 def model_cache() -> Cache:
     """The models that this platform keeps of those that came over the network."""
     if sys.platform == "emscripten":
-        from gemma_wgpu.gpu.browser_store import BrowserCache
+        from gemma_wgpu.fetch.browser_store import BrowserCache
 
         return BrowserCache()
-    from gemma_wgpu.download import Downloads
+    from gemma_wgpu.fetch.download import Downloads
 
     return Downloads()

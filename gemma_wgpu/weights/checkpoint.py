@@ -8,12 +8,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.gpu.device import Data
-from gemma_wgpu.tokenizer import Tokenizer
-from gemma_wgpu.vocabulary import Vocabulary
-from gemma_wgpu.weights.layouts import Layout, Packed
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.layout import Layout, Packed
+from gemma_wgpu.tokens.tokenizer import Tokenizer
+from gemma_wgpu.tokens.vocabulary import Vocabulary
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.ops.layout import Layout, Packed
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint, matrix_shapes
 from gemma_wgpu.weights.folder import file_sha256
-from gemma_wgpu.weights.layouts import Layout, Packed
 from gemma_wgpu.weights.manifest import CONFIG, MANIFEST, VOCABULARY, Entry, File, Manifest, Shard, plan, upload_order
 from gemma_wgpu.weights.quantize import quantize
 

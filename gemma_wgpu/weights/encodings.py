@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.weights.layouts import BLOCK, Layout, pack_halves, pack_nibbles
+from gemma_wgpu.ops.layout import BLOCK, Layout, pack_halves, pack_nibbles
 
 Words = NDArray[np.uint32]
 Split = Callable[[NDArray[np.uint8]], tuple[Words, Words]]

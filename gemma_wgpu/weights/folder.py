@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.tokenizer import Tokenizer
-from gemma_wgpu.vocabulary import Vocabulary
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.layout import Layout, Packed
+from gemma_wgpu.tokens.tokenizer import Tokenizer
+from gemma_wgpu.tokens.vocabulary import Vocabulary
 from gemma_wgpu.weights.checkpoint import Checkpoint, Tensor, norm_shapes
-from gemma_wgpu.weights.layouts import Layout, Packed
 from gemma_wgpu.weights.manifest import MANIFEST, Entry, File, Manifest, upload_order
 from gemma_wgpu.weights.stored import MappedFile
 

@@ -6,15 +6,15 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.fetch.store import Folder
 from gemma_wgpu.gpu.device import Data, Held
-from gemma_wgpu.gpu.store import Folder
-from gemma_wgpu.tokenizer import Tokenizer
-from gemma_wgpu.vocabulary import Vocabulary
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.layout import Layout
+from gemma_wgpu.tokens.tokenizer import Tokenizer
+from gemma_wgpu.tokens.vocabulary import Vocabulary
 from gemma_wgpu.weights.checkpoint import Source, Weights, matrix_shapes, norm_shapes
 from gemma_wgpu.weights.folder import checked_config
-from gemma_wgpu.weights.layouts import Layout
 from gemma_wgpu.weights.manifest import MANIFEST, Entry, File, Manifest
 
 Progress = Callable[[int, int], None]

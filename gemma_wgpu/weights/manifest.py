@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights.checkpoint import EMBEDDING, matrix_shapes, norm_shapes
-from gemma_wgpu.weights.layouts import Layout
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.weights.layouts import BLOCK, Layout, Packed, pack_halves, pack_nibbles
+from gemma_wgpu.ops.layout import BLOCK, Layout, Packed, pack_halves, pack_nibbles
 
 _PIECE = 1 << 14  # blocks at a time: few enough for the processor's cache, enough that threads seldom wait
 _ROUNDS = 3

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.tokenizer import HFTokenizer, Tokenizer
-from gemma_wgpu.vocabulary import Vocabulary
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.tokens.tokenizer import HFTokenizer, Tokenizer
+from gemma_wgpu.tokens.vocabulary import Vocabulary
 from gemma_wgpu.weights import encodings
 from gemma_wgpu.weights.stored import HEAD, MappedFile, StoredCheckpoint, StoredTensor
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.config import Gemma3Config
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.layout import Layout, Packed, widen
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint, Tensor, matrix_shapes, norm_shapes
 from gemma_wgpu.weights.encodings import Encoding
-from gemma_wgpu.weights.layouts import Layout, Packed, widen
 
 HEAD = "lm_head.weight"
 _COMPARED = 1 << 24

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint, Tensor, matrix_shapes, norm_shapes
-from gemma_wgpu.weights.layouts import Layout
 
 
 @dataclass(frozen=True)

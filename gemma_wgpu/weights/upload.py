@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from gemma_wgpu.gpu.device import Buffer, Device
+from gemma_wgpu.ops.layout import BLOCK, Layout
 from gemma_wgpu.weights.checkpoint import Source
-from gemma_wgpu.weights.layouts import BLOCK, Layout
 
 _ROWS = 64  # parts and transfers are of whole multiples of this, so that their scales begin at a word
 _TRANSFER = 16 << 20  # bytes

@@ -15,16 +15,17 @@ import js
 import pyodide_js
 from pyodide.ffi import JsException, to_js
 
-from gemma_wgpu import cache, tables
-from gemma_wgpu.bench import OURS, Engine, Kernel, Load, Reference, Report, Run, Shape, bench, parse_depths
+from gemma_wgpu.bench import tables
+from gemma_wgpu.bench.micro import MODELS, Timings, time_kernels
+from gemma_wgpu.bench.records import structured
+from gemma_wgpu.bench.run import OURS, Engine, Kernel, Load, Reference, Report, Run, Shape, bench, parse_depths
 from gemma_wgpu.errors import GemmaError, ModelError, RequestError
+from gemma_wgpu.fetch import cache
+from gemma_wgpu.fetch.hub import hosted
 from gemma_wgpu.gemma import Gemma, load_async
 from gemma_wgpu.gpu import open_device
-from gemma_wgpu.hub import hosted
-from gemma_wgpu.micro import MODELS, Timings, time_kernels
-from gemma_wgpu.records import structured
-from gemma_wgpu.tokenizer import Tokenizer
-from gemma_wgpu.tuning import tuned
+from gemma_wgpu.ops.tuning import tuned
+from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.weights.manifest import MANIFEST, Manifest
 
 _MOST_BARS = 8

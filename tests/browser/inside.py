@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import gemma_wgpu
-from gemma_wgpu.bench import Shape, bench
+from gemma_wgpu.bench.run import Shape, bench
 from gemma_wgpu.gpu import open_device
 from gemma_wgpu.gpu.device import Device
 from tests.kernels.cases import KERNELS

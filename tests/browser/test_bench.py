@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import gemma_wgpu
-from gemma_wgpu.bench import Shape, bench
+from gemma_wgpu.bench.run import Shape, bench
 from tests.browser.conftest import Chromium
 from tests.host import Host
 

@@ -18,7 +18,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Worker
 
-from gemma_wgpu.bench import Report, Shape
+from gemma_wgpu.bench.run import Report, Shape
 from gemma_wgpu.weights.folder import FolderCheckpoint
 from tests.browser.conftest import SCREENSHOTS, SUB_PATH, complaints_of
 

@@ -12,7 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Request, expect
 
-from gemma_wgpu.config import Gemma3Config
+from gemma_wgpu.models.config import Gemma3Config
 from tests.browser.conftest import complaints_of
 from tests.test_server import ENDLESS, command
 from tests.tiny import END_OF_TURN, HF, scripted_weights, token, write_folder

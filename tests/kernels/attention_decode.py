@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.kernels import Attention
+from gemma_wgpu.ops.kernels import Attention
 from tests.kernels.bench import F16, F16_SMALLEST, F32, UNTOUCHED, Bench, close, normalize, same
 from tests.kernels.heads import EPS, POISON, attend, reach, rope_table, rotate, shape_of
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from gemma_wgpu.gpu.device import Buffer, Device, Dispatch
-from gemma_wgpu.kernels import Kernels, Tuning, usual_tuning
-from gemma_wgpu.weights.layouts import Layout, Packed, pack_halves
+from gemma_wgpu.ops.kernels import Kernels, Tuning, usual_tuning
+from gemma_wgpu.ops.layout import Layout, Packed, pack_halves
 from gemma_wgpu.weights.upload import Part
 
 Floats = NDArray[np.float64]

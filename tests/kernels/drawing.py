@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.engine.sampling import Sampling
 from tests.kernels.bench import Floats
 
 # float32 has the noise to 1e-4 where a uniform number near 1 makes it small, and WGSL's log is good to 2^-21 of 1.

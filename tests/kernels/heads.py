@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.kernels import Attention
+from gemma_wgpu.ops.kernels import Attention
 from tests.kernels.bench import F32_SUM, Floats
 
 EPS = 1e-6

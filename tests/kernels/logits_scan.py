@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma_wgpu.engine.sampling import Sampling
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.kernels import VOCABULARY_PART
-from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.ops.kernels import VOCABULARY_PART
 from tests.kernels.bench import F32, F32_SUM, Bench, close, same
 from tests.kernels.drawing import NOISE, bits, gumbel, temper
 

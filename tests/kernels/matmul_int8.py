@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.weights.layouts import Layout
+from gemma_wgpu.ops.layout import Layout
 from tests.kernels.bench import F32_SUM, UNTOUCHED, Bench, close, product, random_packed, same
 
 INTEGERS = (Layout.INT8, Layout.INT8_SUPER, Layout.INT4, Layout.INT4_OFFSET, Layout.INT4_SUPER)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.weights.layouts import Layout
+from gemma_wgpu.ops.layout import Layout
 from tests.kernels.bench import F32, F32_SUM, UNTOUCHED, Bench, close, gelu, normalize, product, random_packed, same
 
 

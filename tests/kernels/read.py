@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.kernels import READ_STEP
+from gemma_wgpu.ops.kernels import READ_STEP
 from tests.kernels.bench import UNTOUCHED, Bench, same
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu.engine.sampling import Sampling
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.kernels import VOCABULARY_PART
-from gemma_wgpu.sampling import Sampling
+from gemma_wgpu.ops.kernels import VOCABULARY_PART
 from tests.kernels.bench import Bench, Floats, same
 from tests.kernels.drawing import NOISE, allowed, bits, gumbel, temper
 

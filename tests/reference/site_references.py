@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from gemma_wgpu.hub import DEMO_SHA256
+from gemma_wgpu.fetch.hub import DEMO_SHA256
 from tests.reference.golden import F16_GREEDY, FOLDER
 
 PATH = FOLDER.parents[1] / "site" / "bench" / "references.json"

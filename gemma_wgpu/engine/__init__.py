@@ -1,0 +1,1 @@
+"""Generation: how tokens come out of a model, for one text or for many."""

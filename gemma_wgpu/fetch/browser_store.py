@@ -1,0 +1,163 @@
+"""Hosted model folders in the browser, from Pyodide, in a page or in a worker.
+
+What the network and the storage do is written in `store.js`. The files of a model are kept in a folder of their own,
+beside one that says what address they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import js
+from pyodide.code import run_js
+from pyodide.ffi import JsException, create_proxy, to_js
+
+from gemma_wgpu.errors import ModelError
+from gemma_wgpu.fetch.store import Cache, Cached, Folder, nothing_from
+from gemma_wgpu.gpu.browser import block_on
+from gemma_wgpu.gpu.device import Held
+
+T = TypeVar("T")
+
+_HOSTED = re.compile(r"https?://|\.{0,2}/", re.IGNORECASE)
+_ADDRESS = "address"
+
+
+class BrowserHeld(Held):
+    """A Uint8Array."""
+
+    def __init__(self, view: Any) -> None:
+        self.view = view
+        self.nbytes: int = view.length
+
+    def slice(self, offset: int, nbytes: int) -> BrowserHeld:
+        return BrowserHeld(self.view.subarray(offset, offset + nbytes))
+
+    def to_bytes(self) -> bytes:
+        data: bytes = self.view.to_bytes()
+        return data
+
+    def free(self) -> None:
+        self.view.buffer.transfer(0)
+
+
+class BrowserFolder(Folder):
+    """The folder at `url`, which has neither a slash nor a file's name at its end."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._home = hashlib.sha256(url.encode()).hexdigest()[:16]
+        self._store: Any = None
+
+    async def read(self, name: str) -> bytes:
+        store = await self._opened()
+        with self._as_model_error(name) as address:
+            data: bytes = (await store.fetchSmall(self._home, name, address)).to_bytes()
+        return data
+
+    async def load(self, name: str, nbytes: int, sha256: str, report: Callable[[int], None]) -> BrowserHeld:
+        store, proxy = await self._opened(), create_proxy(report)
+        try:
+            with self._as_model_error(name) as address:
+                held = BrowserHeld(await store.load(self._home, name, address, nbytes, sha256, proxy))
+        finally:
+            proxy.destroy()
+        self._warn()
+        return held
+
+    async def retain(self, name: str, data: bytes, others: frozenset[str]) -> None:
+        store = await self._opened()
+        await store.keep(self._home, _ADDRESS, to_js(self.url.encode()))
+        await store.keep(self._home, name, to_js(data))
+        for home, file, _ in await store.list():
+            if home == self._home and file.removesuffix(".part") not in {_ADDRESS, name, *others}:
+                await store.remove(home, file)
+        self._warn()
+
+    def seconds(self) -> dict[str, float]:
+        seconds: dict[str, float] = self._store.seconds.to_py() if self._store is not None else {}
+        return seconds
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.stop()
+
+    async def _opened(self) -> Any:
+        self._store = self._store or await _open_store()
+        return self._store
+
+    @contextmanager
+    def _as_model_error(self, name: str) -> Iterator[str]:
+        address = js.URL.new(self.url)
+        address.pathname = f"{address.pathname.rstrip('/')}/{name}"
+        try:
+            yield address.href
+        except JsException as error:
+            raise ModelError(f"{address.href}: {' '.join(error.message.split())}") from error
+
+    def _warn(self) -> None:
+        problem = self._store.problem()
+        if problem:
+            warnings.warn(
+                f"{self.url} is not kept for next time: {problem}; gemma_wgpu.cache lists and deletes what is kept",
+                stacklevel=2,
+            )
+
+
+class BrowserCache(Cache):
+    """What `BrowserFolder` keeps."""
+
+    async def models(self) -> list[Cached]:
+        models = await _models(await _open_store())
+        return [Cached(url, sum(files.values())) for url, (_, files) in sorted(models.items())]
+
+    async def delete(self, url: str) -> None:
+        store = await _open_store()
+        models, address = await _models(store), _absolute(url)
+        if address not in models:
+            raise nothing_from(url)
+        home, files = models[address]
+        for name in files:
+            await store.remove(home, name)
+
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return block_on(coroutine)
+
+
+def open_folder(name: str) -> BrowserFolder | None:
+    """The folder at an address, which may be relative to the page's or the worker's own; None for another name."""
+    return BrowserFolder(_absolute(name)) if _HOSTED.match(name) else None
+
+
+def _absolute(name: str) -> str:
+    document = getattr(js, "document", None)
+    try:
+        url = js.URL.new(name, document.baseURI if document else js.location.href)
+    except JsException:
+        raise ModelError(f"{name}: not a web address; give all of it, from https:// on") from None
+    url.pathname = url.pathname.rstrip("/")
+    url.hash = ""
+    address: str = url.href
+    return address
+
+
+async def _open_store() -> Any:
+    return await run_js((files("gemma_wgpu.fetch") / "store.js").read_text(encoding="utf-8"))()
+
+
+async def _models(store: Any) -> dict[str, tuple[str, dict[str, int]]]:
+    """By the address that they came from: their folders' names, and the sizes of the files in them."""
+    homes: dict[str, dict[str, int]] = {}
+    for home, name, nbytes in await store.list():
+        homes.setdefault(home, {})[name] = nbytes
+    models = {}
+    for home, sizes in homes.items():
+        address = await store.read(home, _ADDRESS)
+        models[address.to_bytes().decode() if address else home] = home, sizes
+    return models

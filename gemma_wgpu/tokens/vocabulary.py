@@ -1,0 +1,158 @@
+"""Gemma's vocabulary as a compact file, which loads quickly where there is no `tokenizers`; made from tokenizer.json.
+
+The file is 16 bytes, `magic`, version, pieces and bytes of text as little-endian u32, then one zlib stream of:
+the length of each piece in characters (u16), the scores (float32, the first bytes of all, then the second bytes
+of all, ..., which compresses forty times better), the types (u8), and the pieces one after the other in UTF-8.
+"""
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.errors import ModelError
+from gemma_wgpu.tokens.bpe import SPACE
+from gemma_wgpu.tokens.tokenizer import CONTROL, BPETokenizer, TokenType
+
+_HEADER = struct.Struct("<4sIII")
+_MAGIC = b"GVOC"
+_VERSION = 1
+_MOST_PIECES = 1 << 22
+_MOST_TEXT = 1 << 28
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """What `BPETokenizer` needs of every id: its piece, its float32 score and its TokenType."""
+
+    pieces: Sequence[str]
+    scores: NDArray[np.float32]
+    types: NDArray[np.integer]
+
+    def tokenizer(self, source: str) -> BPETokenizer:
+        """The tokenizer. Raises ModelError naming `source` when the vocabulary is not Gemma's."""
+        return BPETokenizer(self.pieces, self.scores, self.types, source=source)
+
+    def to_bytes(self) -> bytes:
+        """The compact file; the same bytes for the same vocabulary and version of zlib."""
+        text = "".join(self.pieces).encode()
+        lengths = np.array([len(piece) for piece in self.pieces], "<u2")
+        planes = np.ascontiguousarray(self.scores.astype("<f4")).view(np.uint8).reshape(-1, 4).T
+        body = lengths.tobytes() + planes.tobytes() + self.types.astype(np.uint8).tobytes() + text
+        return _HEADER.pack(_MAGIC, _VERSION, len(self.pieces), len(text)) + zlib.compress(body, 9)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> Self:
+        """What `to_bytes` wrote. Raises ModelError naming `source` when it is damaged or of a newer version."""
+        if len(data) < _HEADER.size or data[:4] != _MAGIC:
+            raise ModelError(f"{source}: not a vocabulary file of gemma-wgpu; download it again")
+        _, version, count, text_bytes = _HEADER.unpack_from(data)
+        if version > _VERSION:
+            raise ModelError(f"{source}: of format version {version}, this gemma-wgpu reads {_VERSION}; upgrade it")
+        try:
+            if version != _VERSION or count > _MOST_PIECES or text_bytes > _MOST_TEXT:
+                raise ValueError("impossible header")
+            size = 7 * count + text_bytes
+            stream = zlib.decompressobj()
+            # One byte more than is right, to notice a stream that goes on.
+            body = np.frombuffer(stream.decompress(data[_HEADER.size :], size + 1), np.uint8)
+            if len(body) != size or not stream.eof:
+                raise ValueError("wrong length")
+            lengths, planes, types, encoded = np.split(body, np.cumsum([2 * count, 4 * count, count]))
+            text = encoded.tobytes().decode()
+            ends = np.cumsum(lengths.view("<u2"), dtype=np.uint32)
+            if ends[-1:].tolist() != [len(text)]:
+                raise ValueError("wrong length")
+        except (ValueError, zlib.error) as error:
+            raise ModelError(f"{source}: damaged vocabulary ({error}); download it again") from error
+        scores = np.ascontiguousarray(planes.reshape(4, count).T).view("<f4").reshape(-1)
+        types = types.copy()
+        del body, lengths, planes, encoded  # memory that the pieces can have: this runs in browsers
+        starts = np.concatenate((np.zeros(1, np.uint32), ends[:-1]))
+        pieces = [text[start:end] for start, end in zip(starts.data, ends.data, strict=True)]
+        return cls(pieces, scores, types)
+
+    @classmethod
+    def from_tokenizer_json(cls, path: Path) -> Self:
+        """The vocabulary in Hugging Face's tokenizer.json; `tokenizer` gives the ids that `tokenizers` gives.
+
+        Scores are made from the order of the merges. Raises ModelError when the file is missing, damaged or
+        does not tokenize as Gemma 3's do, by byte pairs over all splits of its pieces.
+        """
+        try:
+            content = json.loads(path.read_bytes())
+            model, added, normalizer = content["model"], content["added_tokens"], content["normalizer"]
+            ids: dict[str, int] = model["vocab"]
+            merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+            kinds = _added_types(added)
+            pieces = _in_order({**ids, **{token["content"]: token["id"] for token in added}})
+            is_gemmas = (model["type"], model["byte_fallback"], normalizer) == ("BPE", True, _NORMALIZER)
+            scores = _scores(ids, merges)
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{path}: damaged tokenizer.json ({error!r}); download it again") from error
+        # BPETokenizer takes the merges of user-defined tokens as the first, as they are in Gemma's.
+        if not is_gemmas or kinds is None or scores is None or any(scores.get(pieces[token]) for token in kinds):
+            raise ModelError(f"{path}: does not split text as Gemma 3's tokenizer.json; use the model's original one")
+        types = np.full(len(pieces), TokenType.NORMAL, np.uint8)
+        for byte in range(256):
+            if (piece := f"<0x{byte:02X}>") in ids:
+                types[ids[piece]] = TokenType.BYTE
+        for token, kind in kinds.items():
+            types[token] = kind
+        ranked = np.zeros(len(pieces), np.float32)
+        for piece, score in scores.items():
+            ranked[ids[piece]] = score
+        return cls(pieces, ranked, types)
+
+
+_NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+def _in_order(ids: Mapping[str, int]) -> list[str]:
+    pieces = sorted(ids, key=ids.__getitem__)
+    if [ids[piece] for piece in pieces] != list(range(len(pieces))):
+        raise ValueError("the ids have gaps")
+    return pieces
+
+
+def _added_types(added: Sequence[Mapping[str, Any]]) -> dict[int, TokenType] | None:
+    """The types of added tokens by id; None where one is matched or treated otherwise than Gemma's are."""
+    types = {}
+    for token in added:
+        if any(token[key] for key in ("single_word", "lstrip", "rstrip", "normalized")):
+            return None
+        if token["special"] != (token["content"] in CONTROL):
+            return None
+        types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+    return types
+
+
+def _scores(ids: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> dict[str, float] | None:
+    """Scores that put the possible merges in the order of `merges`; None where no scores do.
+
+    `PairMerger` goes by score, then by the longer left part, the longer right part, the lower id. So merges that
+    follow each other in this order may share a score, and each that does not begins the next lower one.
+    """
+    scores: dict[str, float] = {}
+    score = 0.0
+    last = (0, 0, 0)
+    for left, right in merges:
+        merged = left + right
+        place = (-len(left), -len(right), ids[merged])
+        if place < last and scores:
+            score -= 1
+        last = place
+        if scores.setdefault(merged, score) != score:
+            return None
+    splits = sum(
+        1 for piece in ids for at in range(1, len(piece)) if piece[:at] in ids and piece[at:] in ids
+    )  # all of them are possible to PairMerger
+    return scores if splits == len(merges) == len(set(merges)) else None
