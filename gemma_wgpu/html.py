@@ -5,7 +5,7 @@ from html import escape
 
 
 def table(title: str, rows: Mapping[str, object]) -> str:
-    """A heading and a row for each name and value."""
+    """Return a heading, and a row for each name and value."""
     left = "style='text-align: left'"
     cells = "".join(
         f"<tr><th {left}>{escape(name)}</th><td {left}>{escape(str(value))}</td></tr>" for name, value in rows.items()
@@ -14,5 +14,5 @@ def table(title: str, rows: Mapping[str, object]) -> str:
 
 
 def text(content: str, note: str) -> str:
-    """Text with its lines as they are, and a note below it."""
+    """Return text with its lines as they are, and a note below it."""
     return f"<div style='white-space: pre-wrap'>{escape(content)}</div><small>{escape(note)}</small>"

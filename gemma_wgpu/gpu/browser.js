@@ -114,6 +114,13 @@ async (limits, features) => {
             queue.writeBuffer(buffer, offset, view);
         },
 
+        copy(source, sourceOffset, target, targetOffset, size) {
+            checkAlive();
+            const encoder = device.createCommandEncoder();
+            encoder.copyBufferToBuffer(source, sourceOffset, target, targetOffset, size);
+            queue.submit([encoder.finish()]);
+        },
+
         // Resolve [pipeline, [buffer, ...], [x, y, z]] for replay.
         record(dispatches) {
             checkAlive();

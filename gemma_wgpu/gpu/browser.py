@@ -5,6 +5,7 @@ What WebGPU does is written in `browser.js`, which each method enters once. Erro
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 from collections.abc import Awaitable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ class _BrowserProgram(Program):
 
 
 class _Interrupts:
-    """The interrupts of this kernel, counted. JupyterLite has none; the page of our site announces them on a channel.
+    """Counts the interrupts of this kernel. JupyterLite has none; the page of our site announces them on a channel.
 
     They are heard while Python waits, which is when it reads from the GPU.
     """
@@ -79,7 +80,7 @@ class _Interrupts:
 
 
 def _session() -> str | None:
-    """The Jupyter session that the running cell is of; None outside of Jupyter."""
+    """Return the Jupyter session that the running cell belongs to; None outside of Jupyter."""
     shell = getattr(builtins, "get_ipython", lambda: None)()
     return shell and shell.kernel.get_parent()["header"]["session"]
 
@@ -88,15 +89,18 @@ interrupts = _Interrupts()
 
 
 class _Reading:
-    """A readback under way."""
+    """A readback under way. If one of those who await it is cancelled, the others are not."""
 
-    def __init__(self, device: BrowserDevice, promise: Awaitable[Any], label: str) -> None:
-        self._device, self._promise, self._label = device, promise, label
+    def __init__(self, device: BrowserDevice, promise: Awaitable[Any]) -> None:
+        self._device, self._promise = device, promise
+        self._future: asyncio.Future[Any] | None = None
 
     def __await__(self) -> Generator[Any, None, NDArray[np.uint8]]:
         heard = interrupts.heard
+        if self._future is None:
+            self._future = asyncio.ensure_future(self._promise)
         with self._device.as_device_error("running on the GPU"):
-            data = yield from self._promise.__await__()
+            data = yield from asyncio.shield(self._future).__await__()
         if interrupts.heard != heard:
             raise KeyboardInterrupt
         return np.frombuffer(data.to_bytes(), np.uint8)
@@ -131,6 +135,7 @@ class BrowserDevice(Device):
             return self._gpu.createPipeline(label, source, to_js(list(constants.items())))
 
     def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
+        """Copy `data` into `buffer` through the queue."""
         if data.size == 0:
             return
         with self.as_device_error(f"writing buffer '{buffer.label}'"):
@@ -140,22 +145,31 @@ class BrowserDevice(Device):
         with self.as_device_error(f"writing buffer '{buffer.label}'"):
             self._gpu.writeHeld(_within(buffer, offset, data.nbytes), offset, data.view)  # type: ignore[attr-defined]
 
+    def copy(self, source: Buffer, target: Buffer, size: int, source_offset: int = 0, target_offset: int = 0) -> None:
+        """Copy bytes between buffers, in a submission of their own."""
+        with self.as_device_error(f"copying buffer '{source.label}'"):
+            handles = _within(source, source_offset, size), _within(target, target_offset, size)
+            self._gpu.copy(handles[0], source_offset, handles[1], target_offset, size)
+
     def record(self, dispatches: Sequence[Dispatch]) -> Program:
+        """Make the bind groups of `dispatches` in JavaScript, which replays them."""
         calls = [(d.pipeline.handle, [buffer.handle for buffer in d.bindings], d.workgroups) for d in dispatches]
         with self.as_device_error("binding the buffers of a program"):
             return _BrowserProgram(self._gpu.record(to_js(calls)), dispatches)
 
     def submit(self, programs: Sequence[Program]) -> None:
+        """Run the programs in one submission."""
         with self.as_device_error("running on the GPU"):
             self._gpu.submit(*_handles(programs))
 
     def read(
         self, buffer: Buffer, offset: int = 0, size: int | None = None, *, after: Sequence[Program] = ()
     ) -> _Reading:
+        """Read bytes of `buffer` through a staging buffer, in one submission with the programs of `after`."""
         size = buffer.size - offset if size is None else size
         with self.as_device_error(f"reading buffer '{buffer.label}'"):
             promise = self._gpu.read(_within(buffer, offset, size), offset, size, *_handles(after))
-        return _Reading(self, promise, buffer.label)
+        return _Reading(self, promise)
 
     async def _timestamps(self, programs: Sequence[Program], count: int) -> NDArray[np.float64]:
         with self.as_device_error("timing kernels"):
@@ -165,9 +179,11 @@ class BrowserDevice(Device):
         return nanoseconds
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` to its end; JSPI suspends Python meanwhile."""
         return block_on(coroutine)
 
     def close(self) -> None:
+        """Destroy the device, and all buffers with it."""
         self._closed = True
         self._free()
         self._gpu.device.destroy()
@@ -178,7 +194,7 @@ def _handles(programs: Sequence[Program]) -> list[Any]:
 
 
 def _within(buffer: Buffer, offset: int, size: int) -> Any:
-    """The GPUBuffer, of which the bytes from `offset` to `offset + size` are to be used."""
+    """Return the GPUBuffer. Raises DeviceError unless it has the bytes from `offset` to `offset + size`."""
     handle = buffer.handle
     if min(offset, size) < 0 or offset + size > buffer.size:
         raise DeviceError(
@@ -204,9 +220,9 @@ def _described(adapter: Any) -> Adapter:
 
 
 async def open_browser() -> BrowserDevice:
-    """The most powerful adapter of this browser, opened with all that it offers.
+    """Open the most powerful adapter of this browser with all that it offers.
 
-    Raises DeviceError where there is none.
+    Raises DeviceError if there is none.
     """
     connect = run_js((files("gemma_wgpu.gpu") / "browser.js").read_text(encoding="utf-8"))
     try:
@@ -230,7 +246,7 @@ def block_on(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 async def _outcome(coroutine: Coroutine[Any, Any, T]) -> tuple[T, None] | tuple[None, BaseException]:
-    """What comes of a coroutine. Pyodide would show an exception as unhandled: nothing in Python awaits this task."""
+    """Return what comes of a coroutine. Nothing in Python awaits this task, so Pyodide would show an exception."""
     try:
         return await coroutine, None
     except BaseException as error:

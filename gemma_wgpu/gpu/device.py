@@ -1,4 +1,4 @@
-"""The seam: what the model asks of a GPU, natively and in the browser alike.
+"""This is the seam: what the model asks of a GPU, natively and in the browser alike.
 
 Everything above this file is the same code on every platform. A backend subclasses `Device`; see `native.py`.
 Reading from the GPU is asynchronous at the bottom, since a browser has no other way; `Device.wait` is the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """Who the GPU is: strings as the driver gives them, empty where it is silent."""
+    """Who the GPU is. The strings are the driver's; one that it does not give is empty."""
 
     vendor: str
     architecture: str
@@ -61,7 +62,7 @@ class Adapter:
 
 
 class Buffer:
-    """A span of GPU memory, usable as storage, copy source and copy destination. `Device.buffer` makes one.
+    """A span of GPU memory, which can be storage, copied from and copied to. `Device.buffer` makes one.
 
     `size` is in bytes. The platform's own object is for the backends alone.
     """
@@ -73,7 +74,7 @@ class Buffer:
 
     @property
     def handle(self) -> Any:
-        """The platform's buffer. Raises DeviceError once it was freed."""
+        """Return the platform's buffer. Raises DeviceError once it was freed."""
         if self._platform is None:
             raise DeviceError(f"buffer '{self.label}' was freed")
         return self._platform
@@ -95,14 +96,14 @@ class Pipeline:
 
 
 class Program(abc.ABC):
-    """Dispatches resolved once, to be replayed by `Device.submit`."""
+    """Dispatches that were resolved once. `Device.submit` replays them."""
 
     dispatches: Sequence[Dispatch]
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One kernel launch: `bindings[i]` is bound whole at `@binding(i)` of group 0."""
+    """One kernel launch. `bindings[i]` is bound whole at `@binding(i)` of group 0."""
 
     pipeline: Pipeline
     bindings: tuple[Buffer, ...]
@@ -114,36 +115,41 @@ MOST_PROFILED = 2048  # dispatches: WebGPU has 4096 queries in a set, one before
 
 
 class Held(abc.ABC):
-    """Bytes that the platform holds outside of Python, where those of a large model have no place."""
+    """Bytes that the platform holds outside of Python, since there is no room for a large model's in it."""
 
     nbytes: int
 
     @abc.abstractmethod
     def slice(self, offset: int, nbytes: int) -> Held:
-        """Some of them; the same memory."""
+        """Return some of them, in the same memory."""
 
     @abc.abstractmethod
     def to_bytes(self) -> bytes:
-        """A copy in Python."""
+        """Return a copy in Python."""
 
     @abc.abstractmethod
     def free(self) -> None:
-        """Give the memory back at once, also that of slices."""
+        """Give the memory back at once, and with it that of all slices."""
 
 
 Data = NDArray[Any] | Held
 
 
 class Device(abc.ABC):
-    """A GPU, opened. Not thread-safe: one thread or one event loop drives it."""
+    """A GPU that was opened.
+
+    Who writes, submits or reads holds `lock` for so long, but not while it awaits a read. `wait` holds it.
+    """
 
     info: AdapterInfo
     limits: Limits
     features: frozenset[str]
     allocated: int  # bytes in buffers that live
-    freed: int  # buffers, so far
+    freed: int  # how many buffers were freed so far
+    lock: AbstractContextManager[Any]
 
     def __init__(self, adapter: Adapter) -> None:
+        self.lock = nullcontext()
         self.info, self.limits, self.features = adapter.info, adapter.limits, adapter.features
         self.allocated = self.freed = 0
         self._buffers: WeakSet[Buffer] = WeakSet()
@@ -164,9 +170,9 @@ class Device(abc.ABC):
         )
 
     def buffer(self, size: int, label: str) -> Buffer:
-        """A zeroed buffer of `size` bytes, rounded up to a multiple of 16.
+        """Return a new buffer of `size` bytes, rounded up to a multiple of 16, all of them zero.
 
-        Raises DeviceError where `size` exceeds a limit of the adapter or the memory is exhausted.
+        Raises DeviceError if `size` exceeds a limit of the adapter or the memory is exhausted.
         """
         size = max(16, -(-size // 16) * 16)
         limit = min(self.limits.max_buffer_size, self.limits.max_storage_buffer_binding_size)
@@ -181,26 +187,26 @@ class Device(abc.ABC):
         return buffer
 
     def upload(self, data: NDArray[Any], label: str) -> Buffer:
-        """A new buffer that holds `data`."""
+        """Return a new buffer that holds `data`."""
         buffer = self.buffer(data.nbytes, label)
         self.write(buffer, data)
         return buffer
 
-    def pipeline(self, shader: str, constants: Constants, *, half: bool = False, subgroups: bool = False) -> Pipeline:
-        """`shaders/<shader>.wgsl` compiled with its `override` constants; one for each distinct request.
+    def pipeline(self, shader: str, constants: Constants, *, half: bool = False, cpu: bool = False) -> Pipeline:
+        """Return `shaders/<shader>.wgsl` compiled with its `override` constants. The same request gives the same one.
 
-        `half` makes the type `half` of the shaders f16 instead of f32, `subgroups` takes the variants with subgroups.
+        `half` makes the type `half` of the shaders f16 instead of f32, `cpu` takes the variants for CPU adapters.
         """
-        key = (shader, half, subgroups, *sorted(constants.items()))
+        key = (shader, half, cpu, *sorted(constants.items()))
         if key not in self._pipelines:
-            source = load_shader(shader, half=half, subgroups=subgroups)
+            source = load_shader(shader, half=half, cpu=cpu)
             self._pipelines[key] = self.compile(shader, source, constants)
         return self._pipelines[key]
 
     def compile(self, label: str, source: str, constants: Constants | None = None) -> Pipeline:
-        """WGSL of one's own, whose compute entry point is `main`, compiled with its `override` constants.
+        """Compile WGSL of one's own, whose compute entry point is `main`, with its `override` constants.
 
-        Raises DeviceError where it does not compile; in a browser, only the next `read` does.
+        Raises DeviceError if it does not compile; in a browser, only the next `read` does.
         """
         return Pipeline(self._create_pipeline(label, source, constants or {}), label)
 
@@ -212,18 +218,18 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def _create_buffer(self, size: int, label: str) -> Any:
-        """The platform's buffer, which has a `destroy`."""
+        """Return the platform's buffer, which has a `destroy`."""
 
     @abc.abstractmethod
     def _create_pipeline(self, label: str, source: str, constants: Constants) -> Any:
-        """The platform's pipeline."""
+        """Return the platform's pipeline."""
 
     @abc.abstractmethod
     def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
         """Copy `data` into `buffer` from byte `offset` on, before anything submitted later."""
 
     def put(self, buffer: Buffer, data: Data, offset: int = 0) -> None:
-        """`write`, also of what the platform holds."""
+        """Do what `write` does, also for what the platform holds."""
         if isinstance(data, Held):
             self._write_held(buffer, data, offset)
         else:
@@ -231,6 +237,13 @@ class Device(abc.ABC):
 
     def _write_held(self, buffer: Buffer, data: Held, offset: int) -> None:
         raise NotImplementedError  # by platforms that hold nothing
+
+    @abc.abstractmethod
+    def copy(self, source: Buffer, target: Buffer, size: int, source_offset: int = 0, target_offset: int = 0) -> None:
+        """Copy `size` bytes from one buffer to another one, after everything that was submitted before.
+
+        The offsets are in bytes. They and `size` are multiples of 4.
+        """
 
     @abc.abstractmethod
     def record(self, dispatches: Sequence[Dispatch]) -> Program:
@@ -248,19 +261,19 @@ class Device(abc.ABC):
     def read(
         self, buffer: Buffer, offset: int = 0, size: int | None = None, *, after: Sequence[Program] = ()
     ) -> Awaitable[NDArray[np.uint8]]:
-        """Bytes `offset` to `offset + size` of `buffer`, as they are after everything submitted before this call and
-        the programs of `after`, which are submitted with it.
+        """Read bytes `offset` to `offset + size` of `buffer`, as they are after everything that was submitted before
+        this call, and after the programs of `after`, which are submitted with it.
 
-        The call itself puts them and the copy on the queue, not the await. `offset` and `size` are multiples of 4.
-        Raises DeviceError where the device was lost, and as `submit` does.
+        The call itself puts them and the copy on the queue, not the await. The result may be awaited more than once.
+        `offset` and `size` are multiples of 4. Raises DeviceError if the device was lost, and as `submit` does.
         """
 
     async def profile(self, programs: Sequence[Program]) -> NDArray[np.float64]:
-        """Run the programs as `submit` does, but for a pass of its own around each dispatch: the seconds that each
-        took on the GPU, of all programs in their order.
+        """Run the programs as `submit` does, but with a pass of its own around each dispatch.
 
-        A browser may round them to 0.1 milliseconds. Raises DeviceError where the adapter lacks "timestamp-query",
-        and for more than 2048 dispatches.
+        Returns the seconds that each dispatch of all programs took on the GPU, in their order. A browser may round
+        them to 0.1 milliseconds. Raises DeviceError if the adapter lacks "timestamp-query", and for more than 2048
+        dispatches.
         """
         count = sum(len(program.dispatches) for program in programs)
         if "timestamp-query" not in self.features:
@@ -273,11 +286,14 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def _timestamps(self, programs: Sequence[Program], count: int) -> Awaitable[NDArray[np.float64]]:
-        """Run the programs; nanoseconds before and after each of their `count` dispatches."""
+        """Run the programs; return nanoseconds before and after each of their `count` dispatches."""
 
     @abc.abstractmethod
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine made of this device's reads to its end, blocking. DeviceError where one can't block."""
+        """Run a coroutine that awaits this device's reads to its end, blocking.
+
+        Raises DeviceError if one can't block.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:

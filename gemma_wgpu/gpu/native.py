@@ -1,12 +1,12 @@
-"""The device interface on wgpu-py, that is on Vulkan, Metal or D3D12."""
+"""The device interface on wgpu-py, which drives Vulkan, Metal or D3D12."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -50,7 +50,7 @@ def _as_device_error(doing: str) -> Iterator[None]:
 
 
 class _Interrupts:
-    """Inside `with`, Ctrl-C waits for `check` or for the end.
+    """Makes Ctrl-C wait for `check`, or for the end of a `with` block.
 
     Python raises it wherever the main thread is. Inside one of wgpu-py's callbacks it would be swallowed, and what
     the callback was to announce would be waited for in vain.
@@ -105,32 +105,57 @@ class _NativeProgram(Program):
 
 
 class _Mapped:
-    """A readback under way: awaits the mapping of its staging buffer, or blocks where the device was told to.
+    """A readback under way. Any number of threads and coroutines may await it.
 
-    `submission` is wgpu-native's index of the submission that fills the buffer.
+    A thread inside of `Device.wait` blocks, a coroutine of an event loop is woken. `submission` is wgpu-native's
+    index of the submission that fills the staging buffer.
     """
 
     def __init__(self, device: NativeDevice, staging: Any, size: int, submission: int) -> None:
         self._device, self._staging, self._size = device, staging, size
         self._submission = ffi.new("WGPUSubmissionIndex *", submission)
+        self._data: NDArray[np.uint8] | None = None
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         # What wgpu-py would submit besides is for buffers that were written to just now.
         self._promise = staging.map_async("READ_NOSYNC", 0, size)
-        announce = self._promise._call_soon_threadsafe
-        self._promise._call_soon_threadsafe = None if device.blocking else partial(_announce, announce)
+        # wgpu-py's own await serves one event loop only, and only the one that runs now.
+        self._promise._call_soon_threadsafe = self._announce
+        if self._promise._thread_event.is_set():  # it came before we could listen
+            self._announce()
 
     def __await__(self) -> Generator[Any, None, NDArray[np.uint8]]:
         with _as_device_error("reading from the GPU"):
-            if self._device.blocking:
-                self._wait()
-            else:
-                yield  # wgpu-py's promise gives other tasks no turn where the read is there already
-                yield from self._promise.__await__()
-            data = np.frombuffer(self._staging.read_mapped(0, self._size), np.uint8)
-            self._staging.unmap()
-        self._device.recycle(self._staging)
-        return data
+            if self._data is None:
+                if self._device.blocking:
+                    self._block()
+                else:
+                    yield from self._arrival().__await__()
+                self._take()
+        assert self._data is not None
+        return self._data
 
-    def _wait(self) -> None:
+    def _announce(self, *_: object) -> None:
+        """Wake the coroutines that wait. wgpu-py calls this on its own thread when the read has come."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for loop, future in waiting:
+            with suppress(RuntimeError):  # that event loop was closed
+                loop.call_soon_threadsafe(_wake, future)
+
+    async def _arrival(self) -> None:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        with self._lock:
+            came = self._promise._thread_event.is_set()
+            if not came:
+                self._waiting.append((loop, future))
+        if came:
+            await asyncio.sleep(0)  # other tasks have their turn even if the GPU is never waited for
+        else:
+            await future
+
+    def _block(self) -> None:
         # wgpu-py waits for all that was submitted, also what came after the read.
         self._device.poll(self._submission)
         # Nor does it ever stop waiting once the device is destroyed.
@@ -139,12 +164,20 @@ class _Mapped:
             if self._device.is_destroyed:
                 raise DeviceError(f"{self._device.info} was lost while it was read from; load the model again")
         self._device.interrupts.check()
-        self._promise.sync_wait()
+
+    def _take(self) -> None:
+        """Copy the bytes out of the staging buffer, once."""
+        with self._lock:
+            if self._data is None:
+                self._promise.sync_wait()
+                self._data = np.frombuffer(self._staging.read_mapped(0, self._size), np.uint8)
+                self._staging.unmap()
+                self._device.recycle(self._staging)
 
 
-def _announce(announce: Callable[..., object], *what: object) -> None:
-    with suppress(RuntimeError):  # the event loop was closed before the read came: nobody awaits it
-        announce(*what)
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class NativeDevice(Device):
@@ -152,8 +185,9 @@ class NativeDevice(Device):
 
     def __init__(self, adapter: Any) -> None:
         super().__init__(_described(adapter))
-        self.blocking = False
+        self.lock = threading.RLock()
         self.interrupts = _Interrupts()
+        self._waiting = threading.local()
         with _as_device_error(f"cannot open {self.info}"):
             self._device: Any = adapter.request_device_sync(
                 label="gemma_wgpu",
@@ -166,8 +200,13 @@ class NativeDevice(Device):
 
     @property
     def is_destroyed(self) -> bool:
-        """Whether wgpu-py has let go of the device, so that nothing pending will come."""
+        """Say whether wgpu-py has let go of the device, so that nothing pending will come."""
         return self._device._poller is None
+
+    @property
+    def blocking(self) -> bool:
+        """Say whether this thread is inside of `wait`."""
+        return getattr(self._waiting, "depth", 0) > 0
 
     def _create_buffer(self, size: int, label: str) -> Any:
         with _as_device_error(f"no GPU memory for buffer '{label}' of {size:,} bytes"):
@@ -183,12 +222,19 @@ class NativeDevice(Device):
             )
 
     def write(self, buffer: Buffer, data: NDArray[Any], offset: int = 0) -> None:
+        """Copy `data` into `buffer`; wgpu-native keeps a copy of it until the GPU has taken it."""
         if data.size == 0:  # which wgpu-py refuses
             return
         with _as_device_error(f"writing buffer '{buffer.label}'"):
             self._device.queue.write_buffer(buffer.handle, offset, np.ascontiguousarray(data))
 
+    def copy(self, source: Buffer, target: Buffer, size: int, source_offset: int = 0, target_offset: int = 0) -> None:
+        """Copy bytes between buffers, in a submission of their own."""
+        with _as_device_error(f"copying buffer '{source.label}'"):
+            self._run((), source.handle._internal, source_offset, target.handle._internal, target_offset, size)
+
     def record(self, dispatches: Sequence[Dispatch]) -> Program:
+        """Make the bind groups of `dispatches`, and collect the raw handles that a replay passes on."""
         groups = []
         for dispatch in dispatches:
             with _as_device_error(f"binding the buffers of '{dispatch.pipeline.label}'"):
@@ -201,12 +247,14 @@ class NativeDevice(Device):
         return _NativeProgram(self, dispatches, groups)
 
     def submit(self, programs: Sequence[Program]) -> None:
+        """Run the programs in one submission."""
         with _as_device_error("running on the GPU"):
             self._run(programs)
 
     def read(
         self, buffer: Buffer, offset: int = 0, size: int | None = None, *, after: Sequence[Program] = ()
     ) -> _Mapped:
+        """Read bytes of `buffer` through a staging buffer, in one submission with the programs of `after`."""
         size = buffer.size - offset if size is None else size
         with _as_device_error(f"reading buffer '{buffer.label}'"):
             source, staging = buffer.handle, self._stage(size)
@@ -247,10 +295,10 @@ class NativeDevice(Device):
         return nanoseconds
 
     def _run(self, programs: Sequence[Program], *copy: Any) -> int:
-        """Submit programs, then a copy if there is one; wgpu-native's index of the submission.
+        """Submit programs, and a copy after them if there is one; return wgpu-native's index of the submission.
 
-        By raw wgpu-native calls: wgpu-py's own, with their checks, cost 6 to 15 microseconds a dispatch. An error in
-        one of them comes out of the two that are checked, those of libf.
+        This makes raw wgpu-native calls: wgpu-py's own, with their checks, cost 6 to 15 microseconds a dispatch. An
+        error in one of them comes out of the two that are checked, those of libf.
         """
         for program in programs:
             program.check()  # type: ignore[attr-defined]
@@ -289,19 +337,22 @@ class NativeDevice(Device):
             staging.destroy()
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        self.blocking = True
-        try:
-            with self.interrupts:
-                coroutine.send(None)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        finally:
-            self.blocking = False
+        """Run `coroutine` to its end while this thread holds `lock`. Each await of a read blocks the thread."""
+        with self.lock:  # one thread at a time
+            self._waiting.depth = getattr(self._waiting, "depth", 0) + 1
+            try:
+                with self.interrupts:
+                    coroutine.send(None)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            finally:
+                self._waiting.depth -= 1
         coroutine.close()
         raise DeviceError("this coroutine awaits something other than the GPU; run it in an event loop")
 
     def close(self) -> None:
+        """Wait for what the GPU is doing, then free all that the device holds."""
         if not self.is_destroyed:
             with _Interrupts():
                 self._device._poll_wait()  # so that no read is left waiting for what will never come
@@ -357,9 +408,9 @@ def _described(adapter: Any) -> Adapter:
 
 
 def native_adapters() -> list[Adapter]:
-    """The adapters of this machine, the one that `open_native` takes first.
+    """Return the adapters of this machine; `open_native` takes the first one.
 
-    Raises DeviceError where there is none.
+    Raises DeviceError if there is none.
     """
     with _Interrupts():
         first = _described(_request())
@@ -369,9 +420,9 @@ def native_adapters() -> list[Adapter]:
 
 
 def open_native() -> NativeDevice:
-    """The most powerful adapter of this machine, opened with all that it offers.
+    """Open the most powerful adapter of this machine with all that it offers.
 
-    Raises DeviceError where there is none.
+    Raises DeviceError if there is none.
     """
     with _Interrupts():
         return NativeDevice(_request())

@@ -1,10 +1,10 @@
-"""The preprocessor of the shaders, which does two things and no more.
+"""This is the preprocessor of the shaders, which does two things and no more.
 
 * The type `half` is f16 or f32: a first line `enable f16; alias half = f16;` or `alias half = f32;` is put in front.
 * A line `#include "name.wgsl"` is replaced by that file.
 
-Where subgroups are asked for, a file `name.subgroups.wgsl` takes the place of `name.wgsl` if there is one: WGSL has
-no condition that would hide an operation from a compiler that lacks it.
+For a CPU adapter, a file `name.cpu.wgsl` takes the place of `name.wgsl` if there is one. Such files use subgroups,
+and WGSL has no condition that would hide an operation from a compiler that lacks it.
 
 All other variation is by WGSL `override` constants.
 """
@@ -34,12 +34,12 @@ def _read(name: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def load_shader(name: str, *, half: bool, subgroups: bool = False) -> str:
-    """The WGSL of `shaders/<name>.wgsl`, preprocessed, with f16 (`half`) or f32 as its type `half`."""
+def load_shader(name: str, *, half: bool, cpu: bool = False) -> str:
+    """Return the WGSL of `shaders/<name>.wgsl`, preprocessed, with f16 (`half`) or f32 as its type `half`."""
 
     def read(name: str) -> str:
-        variant = f"{name}.subgroups"
-        return _read(variant if subgroups and _find(variant) else name)
+        variant = f"{name}.cpu"
+        return _read(variant if cpu and _find(variant) else name)
 
     prologue = "enable f16; alias half = f16;\n" if half else "alias half = f32;\n"
     return prologue + _INCLUDE.sub(lambda match: read(match[1]), read(name))
