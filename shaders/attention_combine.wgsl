@@ -1,7 +1,7 @@
-// One softmax out of the shares that attention_decode.wgsl computed:
+// This makes one softmax of the shares that attention_decode.wgsl computed:
 //     out[h] = sum_s e^(max_s - max) acc_s[h] / sum_s e^(max_s - max) sum_s
 //
-// of each sequence:
+// Each sequence has
 // shares f32 [SPLITS, HEADS, HEAD_DIM]      stats f32 [SPLITS, HEADS] of (max, sum)      out f32 [HEADS, HEAD_DIM]
 // Grid: x = head, y = sequence. A workgroup of HEAD_DIM / 4 threads.
 override HEADS: u32;

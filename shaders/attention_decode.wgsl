@@ -1,23 +1,26 @@
-// Attention of one token of each sequence, with all that surrounds it at decode: QK-norm, RoPE, the cache write, softmax(q K^T) V.
+// Attention of one token of each sequence, with all that surrounds it at decode: QK-norm, RoPE, the cache write and
+// softmax(q K^T) V.
 //     q = SCALE rotate(q_weight * q / rms(q), p)      k = rotate(k_weight * k / rms(k), p)
 //     out[h] = sum_j softmax_j(q[h] . k_j) v_j        over the last min(p + 1, WINDOW) positions j
-// The cache is a ring: position j lies at slot j % CAPACITY, and CAPACITY >= WINDOW.
+// Position j lies in ring RING of the sequence (state.wgsl), which holds at least these positions.
 //
 // qkv f32 [sequences, HEADS + 2 KV_HEADS, HEAD_DIM]      norms f32 [2, HEAD_DIM]      rope: rope.wgsl
-// key_cache, value_cache half [slots, CAPACITY, KV_HEADS, HEAD_DIM]
-// out f32 [sequences, SPLITS, HEADS, HEAD_DIM], stats f32 [sequences, SPLITS, HEADS] of (max, sum): with SPLITS > 1, the softmax of a share of the
-// positions, unnormalised, for attention_combine.wgsl; else the result, and stats is left alone
+// key_cache, value_cache half [rows, KV_HEADS, HEAD_DIM]
+// out f32 [sequences, SPLITS, HEADS, HEAD_DIM]      stats f32 [sequences, SPLITS, HEADS] of (max, sum)
+// If SPLITS > 1, out has the softmax of a share of the positions, unnormalised, for attention_combine.wgsl. Else it has the
+// result, and stats is left alone.
 //
-// Grid: x = split, y = key/value head, z = sequence. A workgroup of HEAD_DIM / 4 threads takes the (at most 4) query heads of a key/value
-// head together, so that the cache is read once. In tiles of as many positions as threads: a thread scores one position for
-// all heads, then gathers four elements of the output over all positions of the tile. Online softmax in f32.
+// Grid: x = split, y = key/value head, z = sequence. A workgroup of HEAD_DIM / 4 threads takes the (at most 4) query heads of
+// a key/value head together, so that the cache is read once. It goes over the positions in tiles of as many as it has
+// threads: a thread scores one position for all heads, then gathers four elements of the output over all positions of the
+// tile. The softmax is online, in f32.
 override HEADS: u32;
 override KV_HEADS: u32;
 override HEAD_DIM: u32;
 override EPS: f32;
 override SCALE: f32;
 override WINDOW: u32;
-override CAPACITY: u32;
+override RING: u32;
 override SPLITS: u32;
 override WORKGROUP_SIZE: u32;
 override GROUP = HEADS / KV_HEADS;
@@ -46,15 +49,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let split = group.x;
     let kv_head = group.y;
     let position = states[group.z].position;
-    let ring = states[group.z].slot * CAPACITY;
+    let ring = states[group.z].rings[RING];
     let qkv_start = group.z * (HEADS + 2u * KV_HEADS);
     let length = min(position + 1u, WINDOW);
-    let oldest = position + 1u - length;
+    let oldest_place = (position + 1u - length) % ring.capacity;
     let share = (length + SPLITS - 1u) / SPLITS;
     let first = min(split * share, length);
     let last = min(first + share, length);
 
-    var heads: array<vec4<f32>, 4>;  // this thread's elements; zero where there are fewer heads
+    var heads: array<vec4<f32>, 4>;  // this thread's elements; zero if there are fewer heads
     var squares: vec4<f32>;
     for (var head = 0u; head < min(GROUP, 4u); head++) {
         heads[head] = qkv[(qkv_start + kv_head * GROUP + head) * WORKGROUP_SIZE + thread];
@@ -78,9 +81,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     for (var head = 0u; head < 4u; head++) { queries[head * WORKGROUP_SIZE + thread] = heads[head]; }
     if first < length && last == length {  // the share with the new position
-        let slot = ((ring + position % CAPACITY) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread;
-        key_cache[slot] = vec4<half>(turned_key);
-        value_cache[slot] = vec4<half>(qkv[(qkv_start + HEADS + KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
+        let at = (ring_row(ring, position) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread;
+        key_cache[at] = vec4<half>(turned_key);
+        value_cache[at] = vec4<half>(qkv[(qkv_start + HEADS + KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
     }
     storageBarrier();
     workgroupBarrier();
@@ -92,7 +95,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var scores = vec4(LOWEST);
         if tile + thread < last {
             scores = vec4(0.0);
-            let start = ((ring + (oldest + tile + thread) % CAPACITY) * KV_HEADS + kv_head) * WORKGROUP_SIZE;
+            let start = (ring_row_after(ring, oldest_place, tile + thread) * KV_HEADS + kv_head) * WORKGROUP_SIZE;
             for (var i = 0u; i < WORKGROUP_SIZE; i++) {
                 let k = vec4<f32>(key_cache[start + i]);
                 scores += vec4(
@@ -112,8 +115,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         for (var head = 0u; head < 4u; head++) { gathered[head] *= shrink[head]; }
         for (var i = 0u; i < min(WORKGROUP_SIZE, last - tile); i++) {
-            let slot = (ring + (oldest + tile + i) % CAPACITY) * KV_HEADS + kv_head;
-            let v = vec4<f32>(value_cache[slot * WORKGROUP_SIZE + thread]);
+            let row = ring_row_after(ring, oldest_place, tile + i) * KV_HEADS + kv_head;
+            let v = vec4<f32>(value_cache[row * WORKGROUP_SIZE + thread]);
             for (var head = 0u; head < 4u; head++) { gathered[head] += weights[i][head] * v; }
         }
         workgroupBarrier();

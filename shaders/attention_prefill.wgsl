@@ -1,18 +1,18 @@
 // Causal attention of a chunk of tokens over the cache and the chunk itself, softmax(q K^T) V as in flash attention
-// (arXiv 2205.14135): tile by tile, with an online softmax in f32, and tiles outside the window never touched.
+// (arXiv 2205.14135). It goes tile by tile, with an online softmax in f32, and never touches tiles outside the window.
 //     out[i, h] = sum_j softmax_j(q[i, h] . k_j) v_j      over positions p + i - WINDOW < j <= p + i
-// Keys and values before the chunk's first position p come from the cache, position j at slot j % CAPACITY; those of the
-// chunk from keys and values, so that a ring of just WINDOW slots suffices.
+// Keys and values before the chunk's first position p come from ring RING of the sequence (state.wgsl), those of the chunk
+// from keys and values, so that a ring of just WINDOW rows suffices.
 //
 // queries half [max count, HEADS, HEAD_DIM], scaled      keys, values half [max count, KV_HEADS, HEAD_DIM]
-// key_cache, value_cache half [CAPACITY, KV_HEADS, HEAD_DIM]      out half [max count, HEADS, HEAD_DIM]
+// key_cache, value_cache half [rows, KV_HEADS, HEAD_DIM]      out half [max count, HEADS, HEAD_DIM]
 // Grid: x = tiles of QUERIES tokens, y = key/value head. A workgroup of HEAD_DIM / 4 threads takes ROWS = 16 rows, a row
 // being a query head of a token, and goes over the keys in tiles of as many as it has threads. A thread scores one key for
 // all rows, then takes a part of the softmax, then gathers four elements of the output of all rows.
 override HEADS: u32;
 override KV_HEADS: u32;
 override WINDOW: u32;
-override CAPACITY: u32;
+override RING: u32;
 override WORKGROUP_SIZE: u32;
 override GROUP = HEADS / KV_HEADS;
 override QUERIES = 16u / GROUP;
@@ -62,6 +62,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, place: Place) {
     let first_query = start + first;
     let first_key = max(first_query + 1u, WINDOW) - WINDOW;
     let end_key = start + min(first + QUERIES, state.count);
+    let ring = state.rings[RING];
+    let first_place = first_key % ring.capacity;
 
     let quad = thread % 4u;  // in the softmax: rows 4 quad to 4 quad + 3, keys 4 part to 4 part + 3
     let part = thread / 4u;
@@ -73,13 +75,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, place: Place) {
         var scores = array<f32, 16>();  // naga would not zero it again each round without the initialiser
         let near = min(position, end_key - 1u);  // beyond, the score is dropped
         let in_chunk = near >= start;
-        let slot = select(near % CAPACITY, near - start, in_chunk) * KV_HEADS + kv_head;
+        let row = select(ring_row_after(ring, first_place, near - first_key), near - start, in_chunk) * KV_HEADS + kv_head;
         for (var i = 0u; i < WORKGROUP_SIZE; i++) {
             var k: vec4<f32>;
             if in_chunk {
-                k = vec4<f32>(keys[slot * WORKGROUP_SIZE + i]);
+                k = vec4<f32>(keys[row * WORKGROUP_SIZE + i]);
             } else {
-                k = vec4<f32>(key_cache[slot * WORKGROUP_SIZE + i]);
+                k = vec4<f32>(key_cache[row * WORKGROUP_SIZE + i]);
             }
             let q = query_rows(first, kv_head, i, place);
             scores[0] = add_dot(q[0], k, scores[0]);
@@ -133,7 +135,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, place: Place) {
             if key_position >= start {
                 v = vec4<f32>(values[((key_position - start) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
             } else {
-                v = vec4<f32>(value_cache[(key_position % CAPACITY * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
+                let row = ring_row_after(ring, first_place, key_position - first_key);
+                v = vec4<f32>(value_cache[(row * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
             }
             let weight = key_weights(i, place);
             gathered[0] += weight[0].x * v;

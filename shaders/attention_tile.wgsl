@@ -1,4 +1,4 @@
-// Included by attention_prefill.wgsl: what all threads of a workgroup read alike. Not a kernel.
+// This file is included by attention_prefill.wgsl: what all threads of a workgroup read alike. It is not a kernel.
 struct Place {
     @builtin(local_invocation_index) thread: u32,
 }

@@ -1,10 +1,10 @@
-// The keys and values of a prompt's tokens into the cache, after its attention: a ring of CAPACITY slots, in which position
-// p lies at slot p % CAPACITY. Of a chunk longer than the ring, the last CAPACITY tokens remain.
+// This writes the keys and values of a prompt's tokens to the cache, after their attention: position p goes to its row in
+// ring RING of the sequence (state.wgsl). If a chunk is longer than the ring, its last tokens remain.
 //
-// keys, values half [max count, SIZE]      key_cache, value_cache half [slots, CAPACITY, SIZE]
+// keys, values half [max count, SIZE]      key_cache, value_cache half [rows, SIZE]
 // Grid: x = vectors of four of a token / 64, y = token.
 override SIZE: u32;
-override CAPACITY: u32;
+override RING: u32;
 #include "state.wgsl"
 
 @group(0) @binding(0) var<storage, read> state: State;
@@ -16,8 +16,9 @@ override CAPACITY: u32;
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     let size = SIZE / 4u;
-    if id.x >= size || id.y >= state.count || id.y + CAPACITY < state.count { return; }
-    let at = (state.slot * CAPACITY + (state.position + id.y) % CAPACITY) * size + id.x;
+    let ring = state.rings[RING];
+    if id.x >= size || id.y >= state.count || id.y + ring.capacity < state.count { return; }
+    let at = ring_row(ring, state.position + id.y) * size + id.x;
     key_cache[at] = keys[id.y * size + id.x];
     value_cache[at] = values[id.y * size + id.x];
 }

@@ -1,11 +1,11 @@
 // Token embeddings, scaled (Gemma 3 report, section 2):
-//     residual[i] = sqrt(hidden) E[token[position + i]]      for i < count, or
-//     residual[s] = sqrt(hidden) E[token[s, position[s]]]    for one token of each of several sequences
+//     residual[i] = SCALE E[tokens[i]]          for the tokens i < count of a chunk, or
+//     residual[s] = SCALE E[tokens[slot[s]]]    if BY_SLOT, for the last token of each of several sequences
 //
 // E is the part [FIRST_ROW, FIRST_ROW + ROWS) of the vocabulary, so that a table over the binding limit is looked up
 // by several dispatches, each of which leaves other parts' tokens alone.
 //
-// tokens   u32 [slots, CONTEXT]      residual f32 [max count, K]
+// tokens u32 [max count], or [slots] if BY_SLOT      residual f32 [max count, K]
 // Grid: x = blocks of a row / 32, y = token, z = sequence. One thread dequantises one block of 32.
 #include "weights.wgsl"
 #include "state.wgsl"
@@ -14,7 +14,7 @@ override K: u32;
 override FIRST_ROW: u32;
 override ROWS: u32;
 override SCALE: f32;
-override CONTEXT: u32;
+override BY_SLOT: bool;
 
 @group(0) @binding(0) var<storage, read> quants: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read> scales: array<u32>;
@@ -26,9 +26,8 @@ override CONTEXT: u32;
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     let blocks = K / 32u;
     let block = id.x;
-    let state = states[id.z];
-    if block >= blocks || id.y >= state.count { return; }
-    let row = tokens[state.slot * CONTEXT + state.position + id.y] - FIRST_ROW;  // wraps around below FIRST_ROW, and so is out of range
+    if block >= blocks || id.y >= states[id.z].count { return; }
+    let row = tokens[select(id.y, states[id.z].slot, BY_SLOT)] - FIRST_ROW;  // below FIRST_ROW it wraps around
     if row >= ROWS { return; }
     let weights = dequantize(row * blocks + block);
     for (var i = 0u; i < 8u; i++) {

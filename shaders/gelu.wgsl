@@ -1,4 +1,4 @@
-// Included by the kernels that apply GeGLU. Not a kernel.
+// This file is included by the kernels that apply GeGLU. It is not a kernel.
 
 // GELU in its tanh form: g (1 + tanh z) / 2 = g sigmoid(2 z), z = sqrt(2 / pi) (g + 0.044715 g^3). The clamp keeps exp
 // finite: beyond it the sigmoid is 0 or 1 to the last bit of f32.

@@ -1,4 +1,4 @@
-// Included by the kernels that multiply in 8-bit integers. Not a kernel.
+// This file is included by the kernels that multiply in 8-bit integers. It is not a kernel.
 
 // A block of weights, as weights.wgsl has it, and one of a token's vector, as quantize.wgsl has it.
 struct Weights {

@@ -1,5 +1,5 @@
-// The first step of sampling: penalise and temper the logits, and sum up each part of the vocabulary.
-//     l = logit / penalty, or logit * penalty where negative      for tokens that have occurred (arXiv 1909.05858)
+// This is the first step of sampling: penalise and temper the logits, and sum up each part of the vocabulary.
+//     l = logit / penalty, or logit * penalty if negative         for tokens that have occurred (arXiv 1909.05858)
 //     l = l / temperature                                         unless the temperature is 0
 //
 // logits f32 [sequences, STRIDE], in place      seen: a bit a token [slots, STRIDE]      samplings [sequences]

@@ -1,5 +1,5 @@
-// Between the head and sampling: logits of tokens that must not come next are put out of sampling's reach.
-//     l = -1e32      where the token's bit is 0: far below NOTHING of sampling.wgsl, but neither penalty nor temperature
+// Between the head and sampling, this puts the logits of tokens that must not come next out of sampling's reach.
+//     l = -1e32      if the token's bit is 0: far below NOTHING of sampling.wgsl, but neither penalty nor temperature
 //                    can take it out of the range of f32
 //
 // mask: a bit a token [sequences, STRIDE]      logits f32 [sequences, STRIDE], in place

@@ -1,7 +1,8 @@
-// Matrix times the vectors of a prompt's tokens, weights dequantised on the way:
-//     y[t, r] = SCALE sum_k W[r, k] x[t, k]      for t < count, accumulated in f32
+// This multiplies a matrix by the vectors of a prompt's tokens, and dequantises the weights on the way:
+//     y[t, r] = SCALE sum_k W[r, k] x[t, k] (+ bias[r] if BIAS)      for t < count, accumulated in f32
 //
-// W: weights.wgsl [ROWS, K]      x half [max count, K]      y f32 [max count, STRIDE]: columns [FIRST_ROW, FIRST_ROW + ROWS)
+// W: weights.wgsl [ROWS, K]      x half [max count, K]
+// bias f32 [STRIDE], y f32 [max count, STRIDE]: columns [FIRST_ROW, FIRST_ROW + ROWS)
 // Grid: x = tiles of 64 rows, y = tiles of TOKENS tokens. Each step brings one block of 32 columns of both tiles into
 // workgroup memory, a row of 8 vectors padded to 9 against bank conflicts; a thread computes 4 tokens by 8 rows.
 override TOKENS: u32;
@@ -10,6 +11,7 @@ override ROWS: u32;
 override FIRST_ROW: u32;
 override STRIDE: u32;
 override SCALE: f32;
+override BIAS: bool;
 override WORKGROUP_SIZE = 2u * TOKENS;
 override X_VECTORS = 9u * TOKENS;
 #include "weights.wgsl"
@@ -19,7 +21,8 @@ override X_VECTORS = 9u * TOKENS;
 @group(0) @binding(1) var<storage, read> scales: array<u32>;
 @group(0) @binding(2) var<storage, read> state: State;
 @group(0) @binding(3) var<storage, read> x: array<vec4<half>>;
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+@group(0) @binding(4) var<storage, read> bias: array<f32>;
+@group(0) @binding(5) var<storage, read_write> y: array<f32>;
 
 var<workgroup> w_tile: array<vec4<half>, 576>;
 var<workgroup> x_tile: array<vec4<half>, X_VECTORS>;
@@ -62,9 +65,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var row = 0u; row < 8u; row++) {
         let r = first_row + column + row * 8u;
         if r >= ROWS { continue; }
+        var offset = 0.0;
+        if BIAS { offset = bias[FIRST_ROW + r]; }
         for (var i = 0u; i < 4u; i++) {
             let token = first_token + line + i;
-            if token < state.count { y[token * STRIDE + FIRST_ROW + r] = sums[row][i] * SCALE; }
+            if token < state.count { y[token * STRIDE + FIRST_ROW + r] = sums[row][i] * SCALE + offset; }
         }
     }
 }

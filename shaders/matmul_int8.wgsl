@@ -1,4 +1,4 @@
-// Matrix times the vectors of a prompt's tokens, in products of 8-bit integers:
+// This multiplies a matrix by the vectors of a prompt's tokens, in products of 8-bit integers:
 //     y[t, r] = SCALE sum_k W[r, k] x[t, k]      for t < count; a block's 32 products are summed as integers
 //
 // W: weights.wgsl [ROWS, K], a layout of integers      x: q and factors of quantize.wgsl [max count, K]

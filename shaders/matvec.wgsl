@@ -1,10 +1,10 @@
-// Matrix times vector, weights dequantised on the way:
+// This multiplies a matrix by a vector, and dequantises the weights on the way:
 //     y[r] = sum_k W[r, k] x[k]
 //
 // W: weights.wgsl [ROWS, K]      x f32 [K]      y f32: rows [FIRST_ROW, FIRST_ROW + ROWS) of it are written
 // Workgroup: WORKGROUP_SIZE / LANES teams of LANES threads. A team computes two rows at once, so that x is read once for
-// both, its threads taking every LANES-th block of 32 columns. LANES = 1 suits CPU adapters, where a barrier costs more
-// than it saves.
+// both; each of its threads takes every LANES-th block of 32 columns. LANES = 1 suits CPU adapters, on which a barrier costs
+// more than it saves.
 // Grid: x * y workgroups cover the rows.
 override WORKGROUP_SIZE: u32;
 override LANES: u32;

@@ -1,9 +1,10 @@
-// Matrix times a few vectors, one of each of several sequences, weights read and dequantised once for VECTORS of them:
+// This multiplies a matrix by a few vectors, one of each of several sequences. Weights are read and dequantised once for
+// VECTORS of them.
 //     y[t, r] = sum_k W[r, k] x[t, k]      for t < count, accumulated in f32
 //
 // W: weights.wgsl [ROWS, K]      x f32 [max count, K]      y f32 [max count, STRIDE]: columns [FIRST_ROW, FIRST_ROW + ROWS)
-// Workgroup: WORKGROUP_SIZE / LANES teams of LANES threads. A team computes two rows for VECTORS (at most 8) vectors, its threads
-// taking every LANES-th block of 32 columns; then each thread adds up some of the results.
+// Workgroup: WORKGROUP_SIZE / LANES teams of LANES threads. A team computes two rows for VECTORS (at most 8) vectors: each of
+// its threads takes every LANES-th block of 32 columns, then adds up some of the results.
 // Grid: x * y workgroups cover the rows, z = tiles of VECTORS vectors.
 override WORKGROUP_SIZE: u32;
 override LANES: u32;

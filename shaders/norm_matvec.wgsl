@@ -1,15 +1,15 @@
-// A block's first matrix at decode, with the norms before it as prologue (Gemma 3 report, section 2):
-//     h    = residual + post_weight * previous / rms(previous)      where ADD, else residual
+// This multiplies a block's first matrix at decode by a vector, after the norms before it (Gemma 3 report, section 2):
+//     h    = residual + post_weight * previous / rms(previous)      if ADD, else residual
 //     x    = weight * h / rms(h)
-//     y[r] = sum_k W[r, k] x[k]                                     or, where GEGLU,
+//     y[r] = sum_k W[r, k] x[k]                                     or, if GEGLU,
 //     y[r] = gelu(sum_k W[r, k] x[k]) * sum_k W[ROWS + r, k] x[k]
-// with rms(v) = sqrt(mean(v^2) + eps). Every workgroup computes h; the first stores it in new_residual, another buffer,
-// since the others still read the old one. The step's last token is the one computed.
+// with rms(v) = sqrt(mean(v^2) + eps). Every workgroup computes h. The first one stores it in new_residual, which is another
+// buffer, since the others still read the old one.
 //
-// W: weights.wgsl [ROWS, K], or [2 ROWS, K] where GEGLU      residual f32 [max count, K]      previous f32 [max count, K]
-// norms f32 [2, K]: post_weight, weight (1 + w of the report)      new_residual f32 [>= 1, K]
+// W: weights.wgsl [ROWS, K], or [2 ROWS, K] if GEGLU      residual, previous, new_residual f32 [K]
+// norms f32 [2, K]: post_weight, weight (1 + w of the report)
 // y f32: rows [FIRST_ROW, FIRST_ROW + ROWS) of it are written
-// Workgroup: see matvec.wgsl; where GEGLU, the two rows of a team are a gate and its up. A team has ROUNDS times two rows one
+// Workgroup: see matvec.wgsl. If GEGLU, the two rows of a team are a gate and its up. A team has ROUNDS times two rows one
 // after the other, so that few workgroups compute h.
 override WORKGROUP_SIZE: u32;
 override LANES: u32;
@@ -25,36 +25,33 @@ override LAST_ROW = select(ROWS, 2u * ROWS, GEGLU) - 1u;
 #include "weights.wgsl"
 #include "team.wgsl"
 #include "reduce.wgsl"
-#include "state.wgsl"
 #include "gelu.wgsl"
 
 @group(0) @binding(0) var<storage, read> quants: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read> scales: array<u32>;
-@group(0) @binding(2) var<storage, read> state: State;
-@group(0) @binding(3) var<storage, read> residual: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> previous: array<vec4<f32>>;
-@group(0) @binding(5) var<storage, read> norms: array<vec4<f32>>;
-@group(0) @binding(6) var<storage, read_write> new_residual: array<vec4<f32>>;
-@group(0) @binding(7) var<storage, read_write> y: array<f32>;
+@group(0) @binding(2) var<storage, read> residual: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> previous: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read> norms: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read_write> new_residual: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> y: array<f32>;
 
 var<workgroup> x: array<vec4<f32>, VECTORS>;
 #include "sharing.wgsl"
 
 fn normalize_x(thread: u32, is_first: bool) {
-    let start = (state.count - 1u) * VECTORS;
     var scale = 0.0;
     if ADD {
         var squares = 0.0;
         for (var i = thread; i < VECTORS; i += WORKGROUP_SIZE) {
-            squares += dot(previous[start + i], previous[start + i]);
+            squares += dot(previous[i], previous[i]);
         }
         scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
     }
     var squares = 0.0;
     for (var i = thread; i < VECTORS; i += WORKGROUP_SIZE) {
-        var h = residual[start + i];
+        var h = residual[i];
         if ADD {
-            h += previous[start + i] * scale * norms[i];
+            h += previous[i] * scale * norms[i];
             if is_first { new_residual[i] = h; }
         }
         x[i] = h;

@@ -1,4 +1,4 @@
-// Queries, keys and values of a prompt's tokens, made ready for attention:
+// This makes the queries, keys and values of a prompt's tokens ready for attention:
 //     q = SCALE rotate(q_weight * q / rms(q), position)      k = rotate(k_weight * k / rms(k), position)      v = v
 //
 // qkv f32 [max count, HEADS + 2 KV_HEADS, HEAD_DIM]      norms f32 [2, HEAD_DIM]: q_weight, k_weight (1 + w of the report)

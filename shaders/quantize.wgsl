@@ -1,4 +1,4 @@
-// The vectors of a prompt's tokens as 8-bit integers, for matmul_int8.wgsl: of each block of 32
+// This rounds the vectors of a prompt's tokens to 8-bit integers, for matmul_int8.wgsl. Each block of 32 has
 //     d = max |x| / 127      q = round(x / d)
 //
 // x half [max count, K]      q: the signed bytes of 8 words a block, [max count, K / 32]

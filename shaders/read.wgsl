@@ -1,5 +1,5 @@
-// Reads a buffer and does next to nothing with it, to measure how fast memory can be read: decode reads every weight
-// once a token and writes little, so this, and not copying, is what it is to be held against.
+// This reads a buffer and does next to nothing with it, to measure how fast memory can be read. Decode reads every weight
+// once a token and writes little, so its measure is this, and not a copy.
 //     out[g, t] = xor over i of words[g, i, t]
 //
 // words u32 [workgroups, SIZE, 256, 4]      out u32 [workgroups, 256, 4]

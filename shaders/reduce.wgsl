@@ -1,7 +1,8 @@
-// Included by the kernels that sum over a workgroup. Not a kernel. The including file sets WORKGROUP_SIZE, a multiple of 8.
+// This file is included by the kernels that sum over a workgroup. It is not a kernel.
+// The including file sets WORKGROUP_SIZE, a multiple of 8.
 //
-// Two steps instead of the usual halvings: eight threads sum up an eighth of the values each, then every thread sums up
-// the eight. Three barriers cost less than the halvings' seven, on CPU adapters by far.
+// It sums in two steps instead of the usual halvings: eight threads sum up an eighth of the values each, then every thread
+// sums up the eight. Three barriers cost less than the halvings' seven, on CPU adapters by far.
 var<workgroup> reduce_scratch: array<vec4<f32>, WORKGROUP_SIZE>;
 var<workgroup> reduce_eighths: array<vec4<f32>, 8>;
 

@@ -1,10 +1,9 @@
 // RMSNorm of each token of a prompt, after adding the block's output to the residual stream (Gemma 3 report, section 2):
-//     residual += post_weight * y / rms(y)                   where ADD
+//     residual += post_weight * y / rms(y)                   if ADD
 //     out       = weight * residual / rms(residual)
 // with rms(v) = sqrt(mean(v^2) + eps), in f32. The weights are 1 + w of the report.
 //
-// residual, y f32 [max count, K], from token state.first on, or the step's last one alone where LAST
-// out half [max count, K]
+// residual, y f32 [max count, K]      out half [max count, K], or [1, K] if LAST, for the step's last token alone
 // norms f32 [2, K]: post_weight, weight
 // Grid: one workgroup a token.
 override WORKGROUP_SIZE: u32;
@@ -25,7 +24,7 @@ override LAST: bool;
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     if group.x >= state.count { return; }
     let size = K / 4u;
-    let start = select(state.first + group.x, state.count - 1u, LAST) * size;
+    let start = select(group.x, state.count - 1u, LAST) * size;
     if ADD {
         var squares = 0.0;
         for (var i = thread; i < size; i += WORKGROUP_SIZE) {

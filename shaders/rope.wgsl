@@ -1,8 +1,8 @@
-// Included by the kernels that rotate query and key heads. Not a kernel. The including file sets HEAD_DIM and WORKGROUP_SIZE =
-// HEAD_DIM / 4: thread t has elements 4t to 4t + 3 of a head.
+// This file is included by the kernels that rotate query and key heads. It is not a kernel.
+// The including file sets HEAD_DIM, and WORKGROUP_SIZE = HEAD_DIM / 4: thread t has elements 4t to 4t + 3 of a head.
 //
-// `rope` f32 [context, HEAD_DIM / 2] holds (cos, sin) of position * frequency. A table, since WGSL's own cos and sin are
-// good to 2^-11 only, and that near 0.
+// `rope` f32 [context, HEAD_DIM / 2] holds (cos, sin) of position * frequency. It is a table since WGSL's own cos and sin
+// are good to 2^-11 only, and that near 0.
 
 // A thread's share of the rotation in halves, (a, b) -> (a cos - b sin, b cos + a sin): its elements become
 // own * cos + other * sin, where `other` are those of the thread half a workgroup away.

@@ -1,20 +1,19 @@
-// The second step of sampling: choose the next token, append it to the sequence, and advance the state by it.
+// This is the second step of sampling: choose the next token, keep it as the sequence's last one, and advance the state by it.
 //
 // Without filters the token is logits_scan's. With them, only tokens whose logit reaches a threshold are drawn from:
 //     top_k: the k-th highest logit         top_p: the highest t with sum_{l >= t} softmax(l) >= top_p, among the top k
 //     min_p: the highest logit + ln min_p
 // The first two are found bit by bit, each bit by a count over the candidates. Candidates are the tokens within DEPTH of
-// the highest logit, or all that mask.wgsl left where those are fewer than top_k, at most MINE a thread; where the
-// threshold may lie lower, the whole vocabulary is searched.
+// the highest logit, or all that mask.wgsl left if those are fewer than top_k, at most MINE a thread. If the threshold may
+// lie lower, the whole vocabulary is searched.
 //
 // states are advanced      logits f32 [sequences, STRIDE], as logits_scan.wgsl leaves them      summaries [sequences, PARTS]
-// samplings [sequences]      tokens u32 [slots, CONTEXT]      seen: a bit a token [slots, STRIDE]
+// samplings [sequences]      tokens u32 [slots]      seen: a bit a token [slots, STRIDE]
 // Grid: one workgroup a sequence.
 override VOCAB: u32;
 override PART: u32;
 override PARTS = (VOCAB + PART - 1u) / PART;
 override STRIDE: u32;
-override CONTEXT: u32;
 override WORKGROUP_SIZE: u32;
 #include "state.wgsl"
 #include "sampling.wgsl"
@@ -135,7 +134,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         token = filtered(thread, sampling, all, position);
     }
     if thread == 0u {
-        tokens[state.slot * CONTEXT + position] = token;
+        tokens[state.slot] = token;
         states[group.x].position = position;
         states[group.x].count = 1u;
         states[group.x].token = token;

@@ -1,4 +1,5 @@
-// Included by the kernels that choose the next token. Not a kernel. The including file sets WORKGROUP_SIZE, a multiple of 8.
+// This file is included by the kernels that choose the next token. It is not a kernel.
+// The including file sets WORKGROUP_SIZE, a multiple of 8.
 struct Sampling {
     temperature: f32,         // 0: the likeliest token
     top_p: f32,               // 1: off

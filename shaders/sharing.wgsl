@@ -1,5 +1,5 @@
-// Included after weights.wgsl by the kernels that multiply by a vector x: array<vec4<f32>>. Not a kernel.
-// Where `Kernels` asks for subgroups, sharing.subgroups.wgsl takes its place.
+// This file is included after weights.wgsl by the kernels that multiply by a vector x: array<vec4<f32>>. It is not a kernel.
+// On CPU adapters, sharing.cpu.wgsl takes its place.
 struct Place {
     @builtin(local_invocation_index) thread: u32,
 }

@@ -1,4 +1,4 @@
-// Included by the kernels whose threads work in teams of LANES (a power of two). Not a kernel.
+// This file is included by the kernels whose threads work in teams of LANES (a power of two). It is not a kernel.
 // The including file sets WORKGROUP_SIZE and LANES.
 var<workgroup> team_scratch: array<vec2<f32>, WORKGROUP_SIZE>;
 

@@ -1,10 +1,10 @@
-// Included by the kernels that read a weight matrix. Not a kernel.
+// This file is included by the kernels that read a weight matrix. It is not a kernel.
 //
 // A matrix W of rows x K lies row-major in blocks of 32 consecutive weights of a row; `block` below is
 // row * (K / 32) + column / 32. The including file declares
 //     quants: array<vec4<u32>>   the blocks, 4 to 32 words each
 //     scales: array<u32>         their scales, by layout
-// LAYOUT numbers the layouts as gemma_wgpu/weights/layouts.py does, where each is described:
+// LAYOUT numbers the layouts as gemma_wgpu/ops/layout.py does, where each is described:
 override LAYOUT: u32;
 const F32 = 0u;
 const F16 = 1u;

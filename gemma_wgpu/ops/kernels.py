@@ -1,4 +1,4 @@
-"""One thin function a shader: it chooses the constants, binds the buffers and counts the workgroups.
+"""One thin function for each shader: it chooses the constants, names the operands and counts the workgroups.
 
 What a kernel computes, and how its buffers are laid out, stands at the top of its file under shaders/. What is called
 `half` there is float16 in F16 mode and float32 in F32 mode.
@@ -8,18 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gemma_wgpu.gpu.device import AdapterInfo, Buffer, Constants, Device, Dispatch
-from gemma_wgpu.weights.upload import Part
+from gemma_wgpu.gpu.device import Buffer, Constants, Device
+from gemma_wgpu.ops.launch import Launch, Operand
+from gemma_wgpu.ops.linear import Part
+from gemma_wgpu.ops.tuning import Tuning, usual_tuning
 
 VOCABULARY_PART = 1024  # tokens that a workgroup of logits_scan sums up
 QUERY_ROWS = 16  # query heads times tokens in a workgroup of attention_prefill
 READ_STEP = 4096  # bytes that a workgroup of read takes at once
+STATE_WORDS = 8  # of the struct State of shaders/state.wgsl
+SUMMARY_BYTES = 16  # of the struct Summary of shaders/sampling.wgsl
 _REDUCE = 64  # threads of the kernels that sum over a workgroup
 
 
 @dataclass(frozen=True)
-class Attention:
-    """The shape of a layer's attention. `window` counts the query; `capacity` is the slots of the cache."""
+class AttentionShape:
+    """The shape of an attention.
+
+    Its heads, the window that a query sees, itself included, and the ring it lies in.
+    """
 
     heads: int
     kv_heads: int
@@ -27,106 +34,92 @@ class Attention:
     scale: float
     eps: float
     window: int
-    capacity: int
+    ring: int
 
 
 def ceil_div(a: int, b: int) -> int:
-    """The quotient, rounded up."""
+    """Return the quotient, rounded up."""
     return -(-a // b)
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """Variants of the kernels: what computes the same, faster on one GPU than on another.
-
-    `lanes` is the threads that share a row of a matrix at decode: they read its memory together, but on a CPU their
-    barriers cost more than that saves. `subgroups` takes the kernels that are made for CPUs which stand in for a GPU.
-    """
-
-    lanes: int
-    subgroups: bool
-
-    def __str__(self) -> str:
-        return f"lanes={self.lanes}" + (",subgroups" if self.subgroups else "")
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether few workgroups run at a time, so that decode is to be divided into few."""
-        return self.lanes == 1
-
-
-def usual_tuning(adapter: AdapterInfo, features: frozenset[str]) -> Tuning:
-    """What is likely to be best for an adapter's kind."""
-    if adapter.type != "CPU":
-        return Tuning(16, subgroups=False)
-    # Natively: in browsers' WGSL `enable subgroups` must be said, and their CPU adapter has them of 4 only.
-    return Tuning(1, subgroups="subgroups" in features and adapter.backend != "WebGPU")
-
-
 class Kernels:
-    """The shaders on one device in one precision, in the usual tuning or another.
+    """The shaders on one device in one precision, in the usual tuning or another one.
 
-    `max_count` is the number of tokens that a program is made for, of one sequence. Or they are of as many
-    `sequences`, one of each; then `context` is the length of a sequence's row of tokens, and `stride` that of its row
-    of logits.
+    `max_count` is the number of tokens that a launch is made for, which belong to one sequence. Or a launch is for
+    one token of each of so many `sequences`; then `stride` is the length of a row of logits.
     """
 
     def __init__(self, device: Device, *, half: bool, tuning: Tuning | None = None) -> None:
-        self._device = device
-        self._half = half
+        self.half = half
         self.tuning = tuning or usual_tuning(device.info, device.features)
+        # These stand in for operands that a variant of a kernel does not touch.
+        self.unread = device.buffer(16, "unread")
+        self.unwritten = device.buffer(16, "unwritten")
+        self._most_workgroups = device.limits.max_compute_workgroups_per_dimension
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of what stands in for operands."""
+        return self.unread.size + self.unwritten.size
+
+    def close(self) -> None:
+        """Free what stands in for operands. Idempotent."""
+        self.unread.destroy()
+        self.unwritten.destroy()
 
     def splits(self, window: int) -> int:
-        """Into how many shares decode divides the positions of a layer that sees `window` of them."""
+        """Return into how many shares decode divides the positions of a layer that sees `window` of them."""
         if window <= 512:
             return 1
         return 4 if self.tuning.on_cpu else 16
 
-    def _dispatch(
+    def _launch(
         self,
         shader: str,
         constants: Constants,
-        bindings: tuple[Buffer, ...],
+        operands: tuple[Operand, ...],
         *workgroups: int,
         half: bool | None = None,
-    ) -> Dispatch:
+    ) -> Launch:
         x, y, z = (*workgroups, 1, 1)[:3]
-        half = self._half if half is None else half
-        pipeline = self._device.pipeline(shader, constants, half=half, subgroups=self.tuning.subgroups)
-        return Dispatch(pipeline, bindings, (x, y, z))
+        half = self.half if half is None else half
+        return Launch(shader, constants, operands, (x, y, z), half, self.tuning.cpu)
 
     def _spread(self, workgroups: int) -> tuple[int, int]:
-        """A grid of at least so many workgroups, inside the limit of a dimension."""
-        y = ceil_div(workgroups, self._device.limits.max_compute_workgroups_per_dimension)
+        """Return a grid of at least so many workgroups, inside the limit of a dimension."""
+        y = ceil_div(workgroups, self._most_workgroups)
         return ceil_div(workgroups, y), y
 
     def _rows_grid(self, rows: int) -> tuple[int, int]:
         return self._spread(ceil_div(rows, 2 * (_REDUCE // self.tuning.lanes)))
 
+    def _teams(self) -> dict[str, int]:
+        return {"WORKGROUP_SIZE": _REDUCE, "LANES": self.tuning.lanes}
+
     def embed(
         self,
         part: Part,
-        state: Buffer,
-        tokens: Buffer,
-        residual: Buffer,
+        state: Operand,
+        tokens: Operand,
+        residual: Operand,
         *,
         scale: float,
         max_count: int = 1,
         sequences: int = 1,
-        context: int = 0,
-    ) -> Dispatch:
-        """Look up the tokens whose embeddings lie in `part`."""
-        constants = _weights(part) | {"SCALE": scale, "CONTEXT": context}
-        bindings = (part.quants, part.scales, state, tokens, residual)
-        return self._dispatch("embed", constants, bindings, ceil_div(part.cols // 32, 32), max_count, sequences)
+        by_slot: bool = False,
+    ) -> Launch:
+        """Look up the tokens whose embeddings lie in `part`: those of a chunk, or the last ones of sequences."""
+        constants = _weights(part) | {"SCALE": scale, "BY_SLOT": by_slot}
+        operands = (part.quants, part.scales, state, tokens, residual)
+        return self._launch("embed", constants, operands, ceil_div(part.cols // 32, 32), max_count, sequences)
 
     def rms_norm(
         self,
-        state: Buffer,
-        residual: Buffer,
-        y: Buffer,
-        norms: Buffer,
-        out: Buffer,
+        state: Operand,
+        residual: Operand,
+        y: Operand,
+        norms: Operand,
+        out: Operand,
         *,
         size: int,
         eps: float,
@@ -134,248 +127,249 @@ class Kernels:
         max_count: int,
         last: bool = False,
         half: bool | None = None,
-    ) -> Dispatch:
-        """Norm of the residual, after adding the norm of `y` to it where `add`; of the `last` token only.
+    ) -> Launch:
+        """Norm the residual, after adding the norm of `y` to it if `add`; of the `last` token only, or of all.
 
         `half` says what `out` holds, if not what the precision says.
         """
         constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "EPS": eps, "ADD": add, "LAST": last}
-        return self._dispatch("rms_norm", constants, (state, residual, y, norms, out), max_count, half=half)
+        return self._launch("rms_norm", constants, (state, residual, y, norms, out), max_count, half=half)
 
-    def matvec(self, part: Part, x: Buffer, y: Buffer) -> Dispatch:
-        """A part of a matrix times a vector."""
+    def matvec(self, part: Part, x: Operand, y: Operand) -> Launch:
+        """Multiply a part of a matrix by a vector."""
         constants = _weights(part) | self._teams()
-        return self._dispatch("matvec", constants, (part.quants, part.scales, x, y), *self._rows_grid(part.rows))
+        return self._launch("matvec", constants, (part.quants, part.scales, x, y), *self._rows_grid(part.rows))
 
     def norm_matvec(
         self,
         part: Part,
-        state: Buffer,
-        residual: Buffer,
-        previous: Buffer,
-        norms: Buffer,
-        new_residual: Buffer,
-        y: Buffer,
+        residual: Operand,
+        previous: Operand,
+        norms: Operand,
+        new_residual: Operand,
+        y: Operand,
         *,
         eps: float,
         add: bool,
         geglu: bool = False,
-    ) -> Dispatch:
-        """A part of a matrix times the norm of the residual, after adding the norm of `previous` where `add`."""
+    ) -> Launch:
+        """Multiply a part of a matrix by the norm of the residual, after adding the norm of `previous` if `add`."""
         rows = part.rows // 2 if geglu else part.rows
         workgroups = ceil_div(part.rows, 2 * (_REDUCE // self.tuning.lanes))
-        # Workgroups enough to keep the GPU busy, and no more: each computes the norm.
+        # There are workgroups enough to keep the GPU busy, and no more, since each computes the norm.
         rounds = min(max(workgroups // (8 if self.tuning.on_cpu else 256), 1), 4)
         constants = _weights(part) | self._teams()
         constants |= {"ROUNDS": rounds, "ROWS": rows, "EPS": eps, "ADD": add, "GEGLU": geglu}
-        bindings = (part.quants, part.scales, state, residual, previous, norms, new_residual, y)
-        return self._dispatch("norm_matvec", constants, bindings, *self._spread(ceil_div(workgroups, rounds)))
+        operands = (part.quants, part.scales, residual, previous, norms, new_residual, y)
+        return self._launch("norm_matvec", constants, operands, *self._spread(ceil_div(workgroups, rounds)))
 
-    def matvecs(self, part: Part, state: Buffer, x: Buffer, y: Buffer, *, stride: int, max_count: int) -> Dispatch:
-        """A part of a matrix times a few float32 vectors; `stride` is the length of a row of `y`."""
-        if self.tuning.subgroups:  # where `matmul` is made for few tokens already
+    def matvecs(self, part: Part, state: Operand, x: Operand, y: Operand, *, stride: int, max_count: int) -> Launch:
+        """Multiply a part of a matrix by a few float32 vectors; `stride` is the length of a row of `y`."""
+        if self.tuning.cpu:  # `matmul` is made for few tokens there
             return self.matmul(part, state, x, y, stride=stride, max_count=max_count, half=False)
         vectors = min(max_count, 8)
         constants = _weights(part) | self._teams() | {"STRIDE": stride, "VECTORS": vectors}
         grid = *self._rows_grid(part.rows), ceil_div(max_count, vectors)
-        return self._dispatch("matvecs", constants, (part.quants, part.scales, state, x, y), *grid)
+        return self._launch("matvecs", constants, (part.quants, part.scales, state, x, y), *grid)
 
     def matmul(
         self,
         part: Part,
-        state: Buffer,
-        x: Buffer,
-        y: Buffer,
+        state: Operand,
+        x: Operand,
+        y: Operand,
         *,
         stride: int,
         scale: float = 1.0,
+        bias: Operand | None = None,
         max_count: int,
         half: bool | None = None,
-    ) -> Dispatch:
-        """A part of a matrix times the vectors of the tokens; `stride` is the length of a row of `y`.
+    ) -> Launch:
+        """Multiply a part of a matrix by the vectors of the tokens; `stride` is the length of a row of `y`.
 
         `half` says what `x` holds, if not what the precision says.
         """
-        tokens = min(1 << (max_count - 1).bit_length(), 8) if self.tuning.subgroups else 32  # of a tile
-        constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale}
-        bindings = (part.quants, part.scales, state, x, y)
+        tokens = min(1 << (max_count - 1).bit_length(), 8) if self.tuning.cpu else 32  # of a tile
+        constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale, "BIAS": bias is not None}
+        operands = (part.quants, part.scales, state, x, bias or self.unread, y)
         grid = ceil_div(part.rows, 64), ceil_div(max_count, tokens)
-        return self._dispatch("matmul", constants, bindings, *grid, half=half)
+        return self._launch("matmul", constants, operands, *grid, half=half)
 
     def quantize(
-        self, state: Buffer, x: Buffer, q: Buffer, factors: Buffer, *, size: int, max_count: int
-    ) -> Dispatch:
-        """The vectors of the tokens as 8-bit integers, for `matmul_int8`."""
+        self, state: Operand, x: Operand, q: Operand, factors: Operand, *, size: int, max_count: int
+    ) -> Launch:
+        """Round the vectors of the tokens to 8-bit integers, for `matmul_int8`."""
         grid = ceil_div(size // 32, 64), max_count
-        return self._dispatch("quantize", {"K": size}, (state, x, q, factors), *grid)
+        return self._launch("quantize", {"K": size}, (state, x, q, factors), *grid)
 
     def matmul_int8(
         self,
         part: Part,
-        state: Buffer,
-        q: Buffer,
-        factors: Buffer,
-        y: Buffer,
+        state: Operand,
+        q: Operand,
+        factors: Operand,
+        y: Operand,
         *,
         stride: int,
         scale: float = 1.0,
         max_count: int,
-    ) -> Dispatch:
-        """`matmul` for a layout of integers, with the vectors that `quantize` made."""
-        rows, tokens = (128, 8) if self.tuning.subgroups else (64, 32)  # of a tile
+    ) -> Launch:
+        """Do what `matmul` does, in a layout of integers, with the vectors that `quantize` made."""
+        rows, tokens = (128, 8) if self.tuning.cpu else (64, 32)  # of a tile
         constants = _weights(part) | {"TOKENS": tokens, "STRIDE": stride, "SCALE": scale}
-        bindings = (part.quants, part.scales, state, q, factors, y)
+        operands = (part.quants, part.scales, state, q, factors, y)
         grid = ceil_div(part.rows, rows), ceil_div(max_count, tokens)
-        return self._dispatch("matmul_int8", constants, bindings, *grid)
+        return self._launch("matmul_int8", constants, operands, *grid)
 
     def geglu(
-        self, state: Buffer, gate_up: Buffer, out: Buffer, *, size: int, scale: float, max_count: int, half: bool
-    ) -> Dispatch:
-        """GELU of the gate times up; `half` says what `out` holds."""
+        self, state: Operand, gate_up: Operand, out: Operand, *, size: int, scale: float, max_count: int, half: bool
+    ) -> Launch:
+        """Multiply the GELU of the gate by up; `half` says what `out` holds."""
         grid = ceil_div(size // 4, 64), max_count
-        return self._dispatch("geglu", {"SIZE": size, "SCALE": scale}, (state, gate_up, out), *grid, half=half)
+        return self._launch("geglu", {"SIZE": size, "SCALE": scale}, (state, gate_up, out), *grid, half=half)
 
     def qk_norm_rope(
         self,
-        shape: Attention,
-        state: Buffer,
-        qkv: Buffer,
-        norms: Buffer,
-        rope: Buffer,
-        queries: Buffer,
-        keys: Buffer,
-        values: Buffer,
+        shape: AttentionShape,
+        state: Operand,
+        qkv: Operand,
+        norms: Operand,
+        rope: Operand,
+        queries: Operand,
+        keys: Operand,
+        values: Operand,
         *,
         max_count: int,
-    ) -> Dispatch:
-        """Queries, keys and values, normalised and rotated."""
+    ) -> Launch:
+        """Norm and rotate queries and keys, and take them and the values apart."""
         constants = _heads(shape) | {"HEAD_DIM": shape.head_dim, "EPS": shape.eps, "SCALE": shape.scale}
-        bindings = (state, qkv, norms, rope, queries, keys, values)
-        return self._dispatch("qk_norm_rope", constants, bindings, shape.heads + 2 * shape.kv_heads, max_count)
+        operands = (state, qkv, norms, rope, queries, keys, values)
+        return self._launch("qk_norm_rope", constants, operands, shape.heads + 2 * shape.kv_heads, max_count)
 
     def attention_prefill(
         self,
-        shape: Attention,
-        state: Buffer,
-        queries: Buffer,
-        keys: Buffer,
-        values: Buffer,
-        key_cache: Buffer,
-        value_cache: Buffer,
-        out: Buffer,
+        shape: AttentionShape,
+        state: Operand,
+        queries: Operand,
+        keys: Operand,
+        values: Operand,
+        key_cache: Operand,
+        value_cache: Operand,
+        out: Operand,
         *,
         max_count: int,
-    ) -> Dispatch:
-        """Attention of a chunk of tokens over the cache and the chunk."""
-        constants = _heads(shape) | {"WINDOW": shape.window, "CAPACITY": shape.capacity}
-        bindings = (state, queries, keys, values, key_cache, value_cache, out)
+    ) -> Launch:
+        """Let a chunk of tokens attend to the cache and to the chunk."""
+        constants = _heads(shape) | {"WINDOW": shape.window, "RING": shape.ring}
+        operands = (state, queries, keys, values, key_cache, value_cache, out)
         tiles = ceil_div(max_count, QUERY_ROWS // (shape.heads // shape.kv_heads))
-        return self._dispatch("attention_prefill", constants, bindings, tiles, shape.kv_heads)
+        return self._launch("attention_prefill", constants, operands, tiles, shape.kv_heads)
 
     def cache_write(
         self,
-        shape: Attention,
-        state: Buffer,
-        keys: Buffer,
-        values: Buffer,
-        key_cache: Buffer,
-        value_cache: Buffer,
+        state: Operand,
+        keys: Operand,
+        values: Operand,
+        key_cache: Operand,
+        value_cache: Operand,
         *,
+        size: int,
+        ring: int,
         max_count: int,
-    ) -> Dispatch:
-        """A chunk's keys and values into the cache."""
-        size = shape.kv_heads * shape.head_dim
-        constants = {"SIZE": size, "CAPACITY": shape.capacity}
-        bindings = (state, keys, values, key_cache, value_cache)
-        return self._dispatch("cache_write", constants, bindings, ceil_div(size // 4, 64), max_count)
+    ) -> Launch:
+        """Write a chunk's keys and values, of `size` elements a token, into the cache."""
+        constants = {"SIZE": size, "RING": ring}
+        operands = (state, keys, values, key_cache, value_cache)
+        return self._launch("cache_write", constants, operands, ceil_div(size // 4, 64), max_count)
+
+    def cache_copy(self, copy: Operand, key_cache: Operand, value_cache: Operand, *, size: int, count: int) -> Launch:
+        """Copy the keys and values of `count` positions, of `size` elements each, from one ring to another one."""
+        grid = self._spread(ceil_div(count * size // 4, 64))
+        return self._launch("cache_copy", {"SIZE": size}, (copy, key_cache, value_cache), *grid)
 
     def attention_decode(
         self,
-        shape: Attention,
-        state: Buffer,
-        qkv: Buffer,
-        norms: Buffer,
-        rope: Buffer,
-        key_cache: Buffer,
-        value_cache: Buffer,
-        out: Buffer,
-        stats: Buffer,
+        shape: AttentionShape,
+        state: Operand,
+        qkv: Operand,
+        norms: Operand,
+        rope: Operand,
+        key_cache: Operand,
+        value_cache: Operand,
+        out: Operand,
+        stats: Operand,
         *,
         splits: int,
         sequences: int = 1,
-    ) -> Dispatch:
-        """Attention of one token, its keys and values written to the cache on the way."""
+    ) -> Launch:
+        """Let one token of each sequence attend to the cache, and write its key and value there on the way."""
         constants = _heads(shape) | {
             "HEAD_DIM": shape.head_dim,
             "EPS": shape.eps,
             "SCALE": shape.scale,
             "WINDOW": shape.window,
-            "CAPACITY": shape.capacity,
+            "RING": shape.ring,
             "SPLITS": splits,
         }
-        bindings = (state, qkv, norms, rope, key_cache, value_cache, out, stats)
-        return self._dispatch("attention_decode", constants, bindings, splits, shape.kv_heads, sequences)
+        operands = (state, qkv, norms, rope, key_cache, value_cache, out, stats)
+        return self._launch("attention_decode", constants, operands, splits, shape.kv_heads, sequences)
 
     def attention_combine(
-        self, shape: Attention, shares: Buffer, stats: Buffer, out: Buffer, *, splits: int, sequences: int = 1
-    ) -> Dispatch:
-        """One softmax out of the shares that the splits computed."""
+        self, shape: AttentionShape, shares: Operand, stats: Operand, out: Operand, *, splits: int, sequences: int = 1
+    ) -> Launch:
+        """Make one softmax out of the shares that the splits computed."""
         constants = {"HEADS": shape.heads, "SPLITS": splits, "WORKGROUP_SIZE": shape.head_dim // 4}
-        return self._dispatch("attention_combine", constants, (shares, stats, out), shape.heads, sequences)
+        return self._launch("attention_combine", constants, (shares, stats, out), shape.heads, sequences)
 
-    def mask(self, mask: Buffer, logits: Buffer, *, vocab: int, sequences: int = 1, stride: int = 0) -> Dispatch:
-        """Leave only the tokens whose bit is set to be drawn."""
+    def mask(self, mask: Operand, logits: Operand, *, vocab: int, stride: int, sequences: int = 1) -> Launch:
+        """Leave only those tokens to be drawn whose bit is set."""
         constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "STRIDE": stride, "WORKGROUP_SIZE": _REDUCE}
-        return self._dispatch("mask", constants, (mask, logits), ceil_div(vocab, VOCABULARY_PART), sequences)
+        return self._launch("mask", constants, (mask, logits), ceil_div(vocab, VOCABULARY_PART), sequences)
 
     def logits_scan(
         self,
-        state: Buffer,
-        sampling: Buffer,
-        seen: Buffer,
-        logits: Buffer,
-        summaries: Buffer,
+        state: Operand,
+        sampling: Operand,
+        seen: Operand,
+        logits: Operand,
+        summaries: Operand,
         *,
         vocab: int,
+        stride: int,
         sequences: int = 1,
-        stride: int = 0,
-    ) -> Dispatch:
+    ) -> Launch:
         """Penalise and temper the logits, and sum up each part of the vocabulary."""
         constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "STRIDE": stride, "WORKGROUP_SIZE": _REDUCE}
-        bindings = (state, sampling, seen, logits, summaries)
-        return self._dispatch("logits_scan", constants, bindings, ceil_div(vocab, VOCABULARY_PART), sequences)
+        operands = (state, sampling, seen, logits, summaries)
+        return self._launch("logits_scan", constants, operands, ceil_div(vocab, VOCABULARY_PART), sequences)
 
     def sample(
         self,
-        state: Buffer,
-        sampling: Buffer,
-        logits: Buffer,
-        summaries: Buffer,
-        tokens: Buffer,
-        seen: Buffer,
+        state: Operand,
+        sampling: Operand,
+        logits: Operand,
+        summaries: Operand,
+        tokens: Operand,
+        seen: Operand,
         *,
         vocab: int,
+        stride: int,
         sequences: int = 1,
-        stride: int = 0,
-        context: int = 0,
-    ) -> Dispatch:
-        """Choose the next token, append it and advance the state."""
-        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "STRIDE": stride, "CONTEXT": context}
-        bindings = (state, sampling, logits, summaries, tokens, seen)
-        return self._dispatch("sample", constants | {"WORKGROUP_SIZE": _REDUCE}, bindings, sequences)
+    ) -> Launch:
+        """Choose the next token, keep it as its sequence's last one and advance the state."""
+        constants = {"VOCAB": vocab, "PART": VOCABULARY_PART, "STRIDE": stride, "WORKGROUP_SIZE": _REDUCE}
+        operands = (state, sampling, logits, summaries, tokens, seen)
+        return self._launch("sample", constants, operands, sequences)
 
-    def read(self, words: Buffer, out: Buffer, *, workgroups: int) -> Dispatch:
-        """Read all of `words`, whose size each workgroup has an equal share of, in steps of 4096 bytes."""
+    def read(self, words: Buffer, out: Operand, *, workgroups: int) -> Launch:
+        """Read all of `words`, of which each workgroup has an equal share, in steps of 4096 bytes."""
         constants = {"SIZE": words.size // (READ_STEP * workgroups)}
-        return self._dispatch("read", constants, (words, out), workgroups, half=False)
-
-    def _teams(self) -> dict[str, int]:
-        return {"WORKGROUP_SIZE": _REDUCE, "LANES": self.tuning.lanes}
+        return self._launch("read", constants, (words, out), workgroups, half=False)
 
 
 def _weights(part: Part) -> dict[str, int | float | bool]:
     return {"LAYOUT": int(part.layout), "K": part.cols, "FIRST_ROW": part.first_row, "ROWS": part.rows}
 
 
-def _heads(shape: Attention) -> dict[str, int | float | bool]:
+def _heads(shape: AttentionShape) -> dict[str, int | float | bool]:
     return {"HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "WORKGROUP_SIZE": shape.head_dim // 4}

@@ -1,115 +1,35 @@
-"""Which variants of the kernels a GPU runs fastest: measured on its first use, and kept by adapter and driver.
-
-The environment variable GEMMA_WGPU_TUNING takes the choice over: "off" for the usual of the GPU's kind, unmeasured,
-or for example "lanes=8" or "lanes=1,subgroups"; see `kernels.Tuning`.
-"""
+"""Variants of the kernels."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
+from dataclasses import dataclass
 
-from gemma_wgpu.errors import RequestError
-from gemma_wgpu.fetch.download import cache_folder
-from gemma_wgpu.gpu.device import Adapter, Device
-from gemma_wgpu.ops.kernels import Kernels, Tuning, usual_tuning
-from gemma_wgpu.ops.layout import Layout
-from gemma_wgpu.weights.upload import Part
-
-_VARIABLE = "GEMMA_WGPU_TUNING"
-_ROWS, _COLS = 16384, 1152  # of the matrix that is timed; a product in no time would not tell variants apart
-_REPEATS = 3
-_LANES = (4, 8, 16, 32)  # on GPUs
-_VERSION = 1  # of the kernels: another one voids what was kept
+from gemma_wgpu.gpu.device import AdapterInfo
 
 
-def candidates(gpu: Adapter | Device) -> dict[str, Tuning]:
-    """What to choose from, by name, the usual one first."""
-    usual = usual_tuning(gpu.info, gpu.features)
-    if gpu.info.type == "CPU":
-        others = [Tuning(1, subgroups=False)]
-    else:
-        others = [Tuning(lanes, subgroups=False) for lanes in _LANES]
-    return {str(tuning): tuning for tuning in (usual, *others)}
+@dataclass(frozen=True)
+class Tuning:
+    """Variants of the kernels, which compute the same, faster on one GPU than on another one.
 
-
-def variants(gpu: Adapter | Device) -> dict[str, Tuning]:
-    """All that run, by name: the candidates, and what another kind of GPU would choose from."""
-    plain = [Tuning(lanes, subgroups=False) for lanes in (1, *_LANES)]
-    return candidates(gpu) | {str(tuning): tuning for tuning in plain}
-
-
-def chosen(gpu: Adapter | Device) -> Tuning | None:
-    """The tuning that the environment or an earlier measurement chose, or the only one; None where there is neither.
-
-    Raises RequestError where the environment variable says nothing sensible.
+    `lanes` is the number of threads that share a row of a matrix at decode. They read its memory together, but on a
+    CPU their barriers cost more than that saves. `cpu` takes the variants for CPUs that stand in for a GPU.
     """
-    allowed = variants(gpu)
-    asked = os.environ.get(_VARIABLE)
-    if asked is None and len(candidates(gpu)) > 1:
-        return candidates(gpu).get(_read().get(_key(gpu), ""))
-    if asked is None or asked == "off":
-        return usual_tuning(gpu.info, gpu.features)
-    if asked not in allowed:
-        choices = ", ".join(f"'{choice}'" for choice in allowed)
-        raise RequestError(f"{_VARIABLE} is {asked!r}; on this GPU it can be 'off' or one of {choices}")
-    return allowed[asked]
+
+    lanes: int
+    cpu: bool
+
+    def __str__(self) -> str:
+        return f"lanes={self.lanes}" + (",cpu" if self.cpu else "")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Say whether few workgroups run at a time, so that decode is to be divided into few."""
+        return self.lanes == 1
 
 
-async def tuned(device: Device) -> Tuning:
-    """The tuning that was chosen, or now measured to be the fastest, which takes a second or two.
-
-    Raises RequestError where the environment variable says nothing sensible.
-    """
-    tuning = chosen(device)
-    if tuning is None:
-        seconds = {tuning: await _seconds(device, tuning) for tuning in candidates(device).values()}
-        tuning = min(seconds, key=seconds.__getitem__)
-        _write(_read() | {_key(device): str(tuning)})
-    return tuning
-
-
-def _key(gpu: Adapter | Device) -> str:
-    return f"{_VERSION} {gpu.info.vendor} {gpu.info}"
-
-
-async def _seconds(device: Device, tuning: Tuning) -> float:
-    """How long a matrix of zeros takes to be multiplied by a vector."""
-    layout = Layout.INT8
-    quants = device.buffer(4 * layout.quant_words(_ROWS, _COLS), "tuning quants")
-    scales = device.buffer(4 * layout.scale_words(_ROWS, _COLS), "tuning scales")
-    x, y = device.buffer(4 * _COLS, "tuning x"), device.buffer(4 * _ROWS, "tuning y")
-    try:
-        part = Part(layout, 0, _ROWS, _COLS, quants, scales)
-        program = device.record([Kernels(device, half=False, tuning=tuning).matvec(part, x, y)])
-        times = []
-        for _ in range(1 + _REPEATS):
-            started = time.perf_counter()
-            device.submit([program] * 4)
-            await device.read(y, 0, 4)
-            times.append(time.perf_counter() - started)
-        return min(times[1:])  # the first one compiles
-    finally:
-        for buffer in (quants, scales, x, y):
-            buffer.destroy()
-
-
-def _read() -> dict[str, str]:
-    try:
-        kept = json.loads((cache_folder() / "tuning.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {key: text for key, text in kept.items() if isinstance(text, str)} if isinstance(kept, dict) else {}
-
-
-def _write(kept: dict[str, str]) -> None:
-    """Keep it, where there is a place to."""
-    path = cache_folder() / "tuning.json"
-    temporary = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        return
+def usual_tuning(adapter: AdapterInfo, features: frozenset[str]) -> Tuning:
+    """Return what is likely to be best for an adapter of its kind."""
+    if adapter.type != "CPU":
+        return Tuning(16, cpu=False)
+    # In browsers' WGSL `enable subgroups` must be said, and their CPU adapter has subgroups of 4 only.
+    return Tuning(1, cpu="subgroups" in features and adapter.backend != "WebGPU")

@@ -1,8 +1,8 @@
-// Included after weights.wgsl by the kernels that multiply by a vector x: array<vec4<f32>>. Not a kernel.
+// This file is included after weights.wgsl by the kernels that multiply by a vector x: array<vec4<f32>>. It is not a kernel.
 //
-// For CPU adapters, where LANES is 1 and all threads are at the same block. They run a subgroup as one vector, but load for
-// each of its threads in turn, even if all load the same. So each thread loads an eighth of the block and hands it to the
-// others, which takes one instruction.
+// It is for CPU adapters, on which LANES is 1 and all threads are at the same block. They run a subgroup as one vector, but
+// load for each of its threads in turn, even if all load the same. So each thread loads an eighth of the block and hands it to
+// the others, which takes one instruction.
 struct Place {
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_invocation_id) in_subgroup: u32,

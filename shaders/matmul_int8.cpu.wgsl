@@ -1,4 +1,4 @@
-// matmul_int8.wgsl for CPU adapters, on the plan of matmul.subgroups.wgsl:
+// This is matmul_int8.wgsl for CPU adapters, on the plan of matmul.cpu.wgsl:
 //     y[t, r] = SCALE sum_k W[r, k] x[t, k]      for t < count; a block's 32 products are summed as integers
 //
 // W: weights.wgsl [ROWS, K], a layout of integers      x: q and factors of quantize.wgsl [max count, K]

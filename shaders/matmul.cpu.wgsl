@@ -1,8 +1,9 @@
-// matmul.wgsl for CPU adapters: they emulate workgroup memory and barriers at a loss, and load for each thread of a subgroup
-// in turn, even if all load the same.
-//     y[t, r] = SCALE sum_k W[r, k] x[t, k]      for t < count, accumulated in f32
+// This is matmul.wgsl for CPU adapters. They emulate workgroup memory and barriers at a loss, and load for each thread of a
+// subgroup in turn, even if all load the same.
+//     y[t, r] = SCALE sum_k W[r, k] x[t, k] (+ bias[r] if BIAS)      for t < count, accumulated in f32
 //
-// W: weights.wgsl [ROWS, K]      x half [max count, K]      y f32 [max count, STRIDE]: columns [FIRST_ROW, FIRST_ROW + ROWS)
+// W: weights.wgsl [ROWS, K]      x half [max count, K]
+// bias f32 [STRIDE], y f32 [max count, STRIDE]: columns [FIRST_ROW, FIRST_ROW + ROWS)
 // Grid: x = tiles of 64 rows, y = tiles of TOKENS tokens: 1, 2, 4 or 8. A thread computes a row for all of them: it loads the
 // row's weights once, and an eighth of each token's x, which the threads of a subgroup hand to each other.
 override TOKENS: u32;
@@ -11,6 +12,7 @@ override ROWS: u32;
 override FIRST_ROW: u32;
 override STRIDE: u32;
 override SCALE: f32;
+override BIAS: bool;
 #include "weights.wgsl"
 #include "state.wgsl"
 
@@ -18,7 +20,8 @@ override SCALE: f32;
 @group(0) @binding(1) var<storage, read> scales: array<u32>;
 @group(0) @binding(2) var<storage, read> state: State;
 @group(0) @binding(3) var<storage, read> x: array<vec4<half>>;
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+@group(0) @binding(4) var<storage, read> bias: array<f32>;
+@group(0) @binding(5) var<storage, read_write> y: array<f32>;
 
 // Where the blocks of token `index` of the tile begin; the last token stands in for those that there are not.
 fn token_row(token: u32, index: u32) -> u32 {
@@ -42,7 +45,10 @@ fn product(w: Block, token: u32, index: u32, block: u32, lane: u32, size: u32) -
 }
 
 fn store(token: u32, row: u32, sum: f32) {
-    if token < state.count && row < ROWS { y[token * STRIDE + FIRST_ROW + row] = sum * SCALE; }
+    if token >= state.count || row >= ROWS { return; }
+    var offset = 0.0;
+    if BIAS { offset = bias[FIRST_ROW + row]; }
+    y[token * STRIDE + FIRST_ROW + row] = sum * SCALE + offset;
 }
 
 @compute @workgroup_size(64)

@@ -1,6 +1,6 @@
-// Included by attention_prefill.wgsl: what all threads of a workgroup read alike. Not a kernel.
+// This file is included by attention_prefill.wgsl: what all threads of a workgroup read alike. It is not a kernel.
 //
-// For CPU adapters, as sharing.subgroups.wgsl: a thread loads a share, and hands it to the others of its subgroup.
+// It is for CPU adapters, like sharing.cpu.wgsl: a thread loads a share, and hands it to the others of its subgroup.
 struct Place {
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_invocation_id) in_subgroup: u32,
