@@ -1,1 +1,1 @@
-"""Fetching: how the name of a model becomes its bytes, natively and in the browser."""
+"""Fetching: the name of a model becomes its bytes, natively and in the browser."""

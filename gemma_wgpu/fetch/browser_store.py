@@ -1,7 +1,7 @@
 """Hosted model folders in the browser, from Pyodide, in a page or in a worker.
 
-What the network and the storage do is written in `store.js`. The files of a model are kept in a folder of their own,
-beside one that says what address they came from.
+`store.js` drives the network and the storage. The files of a model are kept in a folder of their own, beside a file
+that holds the address that they came from.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pyodide.code import run_js
 from pyodide.ffi import JsException, create_proxy, to_js
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.fetch.store import Cache, Cached, Folder, nothing_from
+from gemma_wgpu.fetch.store import Cache, Cached, nothing_from
 from gemma_wgpu.gpu.browser import block_on
 from gemma_wgpu.gpu.device import Held
+from gemma_wgpu.weights.hosted import WebFolder
 
 T = TypeVar("T")
 
@@ -30,25 +31,28 @@ _ADDRESS = "address"
 
 
 class BrowserHeld(Held):
-    """A Uint8Array."""
+    """Bytes in a Uint8Array."""
 
     def __init__(self, view: Any) -> None:
         self.view = view
         self.nbytes: int = view.length
 
     def slice(self, offset: int, nbytes: int) -> BrowserHeld:
+        """Return a view of some bytes."""
         return BrowserHeld(self.view.subarray(offset, offset + nbytes))
 
     def to_bytes(self) -> bytes:
+        """Return a copy in Python's memory."""
         data: bytes = self.view.to_bytes()
         return data
 
     def free(self) -> None:
+        """Detach the memory, so that JavaScript gives it back at once."""
         self.view.buffer.transfer(0)
 
 
-class BrowserFolder(Folder):
-    """The folder at `url`, which has neither a slash nor a file's name at its end."""
+class BrowserFolder(WebFolder):
+    """The folder at `url`, which ends neither with a slash nor with a file's name."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -56,12 +60,14 @@ class BrowserFolder(Folder):
         self._store: Any = None
 
     async def read(self, name: str) -> bytes:
+        """Return a small file from the network, or from the storage if the network does not answer."""
         store = await self._opened()
         with self._as_model_error(name) as address:
             data: bytes = (await store.fetchSmall(self._home, name, address)).to_bytes()
         return data
 
     async def load(self, name: str, nbytes: int, sha256: str, report: Callable[[int], None]) -> BrowserHeld:
+        """Return a file from the storage, or from the network while it is checked and stored."""
         store, proxy = await self._opened(), create_proxy(report)
         try:
             with self._as_model_error(name) as address:
@@ -72,6 +78,7 @@ class BrowserFolder(Folder):
         return held
 
     async def retain(self, name: str, data: bytes, others: frozenset[str]) -> None:
+        """Keep the manifest and the files that it names, and delete everything else of this model."""
         store = await self._opened()
         await store.keep(self._home, _ADDRESS, to_js(self.url.encode()))
         await store.keep(self._home, name, to_js(data))
@@ -81,10 +88,12 @@ class BrowserFolder(Folder):
         self._warn()
 
     def seconds(self) -> dict[str, float]:
+        """Return the seconds that `store.js` spent on each kind of work."""
         seconds: dict[str, float] = self._store.seconds.to_py() if self._store is not None else {}
         return seconds
 
     def close(self) -> None:
+        """Stop the downloads that are under way."""
         if self._store is not None:
             self._store.stop()
 
@@ -94,6 +103,7 @@ class BrowserFolder(Folder):
 
     @contextmanager
     def _as_model_error(self, name: str) -> Iterator[str]:
+        """Yield the address of a file, and make a ModelError, which names it, of JavaScript's errors."""
         address = js.URL.new(self.url)
         address.pathname = f"{address.pathname.rstrip('/')}/{name}"
         try:
@@ -111,13 +121,15 @@ class BrowserFolder(Folder):
 
 
 class BrowserCache(Cache):
-    """What `BrowserFolder` keeps."""
+    """The models that `BrowserFolder` keeps."""
 
     async def models(self) -> list[Cached]:
+        """Return the models in the browser's storage, sorted by address."""
         models = await _models(await _open_store())
         return [Cached(url, sum(files.values())) for url, (_, files) in sorted(models.items())]
 
     async def delete(self, url: str) -> None:
+        """Delete the files of the model that came from `url`."""
         store = await _open_store()
         models, address = await _models(store), _absolute(url)
         if address not in models:
@@ -127,20 +139,25 @@ class BrowserCache(Cache):
             await store.remove(home, name)
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Block until `coroutine` ends, which takes JSPI."""
         return block_on(coroutine)
 
 
 def open_folder(name: str) -> BrowserFolder | None:
-    """The folder at an address, which may be relative to the page's or the worker's own; None for another name."""
+    """Return the folder at an address; None for another name.
+
+    The address may be relative to that of the page or of the worker. Raises ModelError if it is not one.
+    """
     return BrowserFolder(_absolute(name)) if _HOSTED.match(name) else None
 
 
 def _absolute(name: str) -> str:
+    """Return a folder's whole address. Raises ModelError if it is not an address."""
     document = getattr(js, "document", None)
     try:
         url = js.URL.new(name, document.baseURI if document else js.location.href)
     except JsException:
-        raise ModelError(f"{name}: not a web address; give all of it, from https:// on") from None
+        raise ModelError(f"{name}: this is not a web address; give all of it, from https:// on") from None
     url.pathname = url.pathname.rstrip("/")
     url.hash = ""
     address: str = url.href
@@ -148,11 +165,12 @@ def _absolute(name: str) -> str:
 
 
 async def _open_store() -> Any:
+    """Return the object that store.js makes."""
     return await run_js((files("gemma_wgpu.fetch") / "store.js").read_text(encoding="utf-8"))()
 
 
 async def _models(store: Any) -> dict[str, tuple[str, dict[str, int]]]:
-    """By the address that they came from: their folders' names, and the sizes of the files in them."""
+    """Return the names of the models' folders, and the sizes of the files in them, by the models' addresses."""
     homes: dict[str, dict[str, int]] = {}
     for home, name, nbytes in await store.list():
         homes.setdefault(home, {})[name] = nbytes

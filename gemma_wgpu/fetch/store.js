@@ -1,6 +1,6 @@
-// What browser_store.py asks of the browser's network and storage. The value of this script is the function that opens
-// the storage. Files lie in folders, one for each model: in the origin private file system, or in the Cache API where
-// that is missing. Where both are, in a private window for example, nothing is kept.
+// This drives the browser's network and storage for browser_store.py. The value of the script is the function that
+// opens the storage. Files lie in folders, one for each model: in the origin private file system, or in the Cache API if
+// that is missing. If both are missing, in a private window for example, nothing is kept.
 async () => {
     const NAME = "gemma_wgpu";
 
@@ -10,7 +10,7 @@ async () => {
         const folder = (name, create = false) => root.getDirectoryHandle(name, { create });
         return {
             get: async (home, name) => (await (await folder(home)).getFileHandle(name)).getFile(),
-            // What is written takes the file's place when it is whole, so that two pages may write the same.
+            // The data take the file's place when they are whole, so two pages may write the same file.
             async put(home, name, data) {
                 const file = await (await folder(home, true)).getFileHandle(name, { create: true });
                 const writable = await file.createWritable();
@@ -66,7 +66,7 @@ async () => {
 
     const files = await openFileSystem().catch(openCache).catch(() => NOWHERE);
     const stopping = new AbortController();
-    let problem; // why something was not kept
+    let problem; // says why something was not kept
 
     const seconds = { storage: 0, download: 0, hash: 0 }; // spent so far
     const timed = async (what, work) => {
@@ -78,7 +78,7 @@ async () => {
         }
     };
 
-    // The bytes of a file that is kept, if they are `fit` by their number; undefined for whatever reason there are none.
+    // Returns the bytes of a file that is kept if `fit` accepts their number, and undefined if there are none.
     const kept = async (home, name, fit = () => true) => {
         try {
             const file = await files.get(home, name);
@@ -99,13 +99,13 @@ async () => {
 
     const remove = (home, name) => files.remove(home, name).catch(() => undefined);
 
-    // crypto.subtle is there wherever WebGPU is: both are for secure contexts alone.
+    // crypto.subtle exists wherever WebGPU does, since both are for secure contexts alone.
     const sha256 = async (data) => {
         const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", data));
         return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
     };
 
-    class Interrupted extends Error {} // by the network: another try may well succeed
+    class Interrupted extends Error {} // the network has failed, so another try may succeed
 
     const open = async (url, options) => {
         let response;
@@ -122,7 +122,7 @@ async () => {
         throw new Error(`${answer}; check the address, and that all files are there`);
     };
 
-    // Goes on with what `download` has of a file, until that is whole.
+    // Goes on with the file that `download` has the beginning of, until it is whole.
     const receive = async (url, download, report) => {
         const { data } = download;
         const headers = download.done ? { Range: `bytes=${download.done}-` } : {};
@@ -139,16 +139,16 @@ async () => {
             }
             data.set(value, download.done);
             download.done += value.length;
-            value.buffer.transfer(0); // frees it now: the garbage collector is in no hurry
+            value.buffer.transfer(0); // frees it now, since the garbage collector is in no hurry
             report(download.done);
         }
         if (download.done < data.length) throw new Interrupted("the connection was closed");
     };
 
     const PAUSES = [1000, 2000, 4000]; // milliseconds before each new try
-    const PROGRESS = 1 << 20; // bytes, with which a try has not failed
+    const PROGRESS = 1 << 20; // bytes: a try that brings as many has not failed
 
-    // The file, of which an earlier call may have kept the beginning.
+    // Fetches a file, of which an earlier call may have kept the beginning.
     const fetchFile = async (home, name, url, nbytes, report) => {
         const begun = await kept(home, `${name}.part`, (size) => size < nbytes);
         const download = { data: new Uint8Array(nbytes), done: begun?.length ?? 0 };
@@ -182,7 +182,7 @@ async () => {
         problem: () => problem,
         seconds,
 
-        // A small file as it is now, or else as it was kept.
+        // Returns a small file as it is now, or as it was kept if the server cannot be reached.
         async fetchSmall(home, name, url) {
             try {
                 return new Uint8Array(await (await open(url, { cache: "no-cache" })).arrayBuffer());
@@ -193,7 +193,7 @@ async () => {
             }
         },
 
-        // A file with this SHA-256, as a Uint8Array.
+        // Returns the file with this SHA-256 as a Uint8Array.
         async load(home, name, url, nbytes, hash, report) {
             const there = await timed("storage", () => kept(home, name, (size) => size === nbytes));
             if (there && (await timed("hash", () => sha256(there))) === hash) {

@@ -1,1 +1,1 @@
-"""Tokens: how text becomes token ids, how ids become text, and how a chat becomes a prompt."""
+"""Tokens: text becomes token ids, ids become text, and a chat becomes a prompt."""

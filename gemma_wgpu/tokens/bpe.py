@@ -1,5 +1,7 @@
 """Byte-pair merging by SentencePiece scores, in the order of the merges in Gemma's tokenizer.json."""
 
+from __future__ import annotations
+
 import re
 from array import array
 from collections.abc import Mapping, Sequence
@@ -8,23 +10,23 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-SPACE = "▁"  # U+2581, what Gemma's pieces hold in place of a space
+SPACE = "▁"  # U+2581, which Gemma's pieces have in place of a space
 
 _CACHED_WORDS = 1 << 15
 _CACHED_LENGTH = 64
 
-# A possible merge: (-score, -left length, -right length, id of the result, start), in characters. Its order
-# is that of tokenizer.json's merges: by score, then the longer left part, the longer right part, the id; of
-# equal merges the leftmost goes first.
+# A possible merge is (-score, -left length, -right length, id of the result, start), in characters. So merges are
+# sorted as in tokenizer.json: by score, then the longer left side, then the longer right side, then the id; and the
+# leftmost of equal merges is first.
 _Merge = tuple[float, int, int, int, int]
 
 
 class PairMerger:
     """Turns text without added tokens into ids.
 
-    `ids` maps every piece that a merge may make, and every single character, to its id, with SPACE for a
-    space. `scores` has one float32 per id; the highest merges first. `byte_ids` has 256 ids, for characters
-    that are not pieces.
+    `ids` maps every piece that a merge may make, and every single character, to its id, with SPACE for a space.
+    `scores` is float32 (ids,), and the highest one merges first. `byte_ids` has the 256 ids that stand for bytes, of
+    which characters that are not pieces are made.
     """
 
     def __init__(self, ids: Mapping[str, int], scores: NDArray[np.float32], byte_ids: Sequence[int]) -> None:
@@ -35,7 +37,7 @@ class PairMerger:
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; valid Unicode without surrogates. Time is O(n log n) in its length."""
+        """Return the ids of `text`, which has no surrogates. This takes O(n log n) time for n characters."""
         out: list[int] = []
         cache = self._cache
         for word in self._words.findall(text.replace(" ", SPACE)):
@@ -50,7 +52,7 @@ class PairMerger:
         return out
 
     def _merge(self, word: str) -> list[int]:
-        # Symbols go by where they start: ends[start] is where one ends, 0 once it is part of the one before.
+        # A symbol is known by its start: ends[start] is its end, or 0 when it has become part of the one before it.
         length = len(word)
         ids: list[int | None] = [self._ids.get(character) for character in word]
         ends = list(range(1, length + 1))
@@ -83,7 +85,7 @@ class PairMerger:
         return out
 
     def _candidate(self, word: str, ids: list[int | None], ends: list[int], start: int) -> _Merge | None:
-        """The merge of the symbol at `start` with the next, which there is; None where no piece results."""
+        """Return the merge of the symbol at `start` with the next one, which exists; None if they make no piece."""
         middle = ends[start]
         end = ends[middle]
         merged = self._ids.get(word[start:end])
@@ -93,9 +95,9 @@ class PairMerger:
 
 
 def _word_pattern(pieces: Mapping[str, int]) -> re.Pattern[str]:
-    """Cuts text where no piece reaches across, so that words can be merged one by one and remembered.
+    """Return the pattern of words: no piece reaches from one into the next, so each can be merged on its own.
 
-    That is before a SPACE which follows another character, unless some piece has that inside (Gemma 3 has
+    A word ends before a SPACE that follows another character, unless a piece has just these two in it (Gemma 3 has
     one: ">▁</").
     """
     inside = {piece[at - 1] for piece in pieces for at in _inner_spaces(piece)}
@@ -104,7 +106,7 @@ def _word_pattern(pieces: Mapping[str, int]) -> re.Pattern[str]:
 
 
 def _inner_spaces(piece: str) -> list[int]:
-    """Where `piece` has a SPACE right after another character."""
+    """Return the places where `piece` has a SPACE right after another character."""
     if SPACE not in piece[1:]:
         return []
     return [at for at in range(1, len(piece)) if piece[at] == SPACE != piece[at - 1]]

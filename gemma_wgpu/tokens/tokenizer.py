@@ -1,5 +1,7 @@
 """Text to token ids and back: through Hugging Face's `tokenizers`, or in pure Python."""
 
+from __future__ import annotations
+
 import operator
 import re
 import threading
@@ -16,8 +18,8 @@ from gemma_wgpu.tokens.bpe import SPACE, PairMerger
 
 BOS = "<bos>"
 _END = ("<eos>", "<end_of_turn>")
-# The tokens that Gemma 3's tokenizer.json marks special. The types in a GGUF file do not tell: there <mask>
-# and <unusedN> are control tokens too, and <start_of_image> is a user-defined one.
+# Gemma 3's tokenizer.json marks these tokens special. The types in a GGUF file do not tell them: there, <mask> and
+# <unusedN> are control tokens too, and <start_of_image> is a user-defined token.
 CONTROL = frozenset(
     {
         BOS,
@@ -30,13 +32,13 @@ CONTROL = frozenset(
         "<image_soft_token>",
     }
 )
-# Tokens that no text is made of, though they are no control tokens in every file.
+# No text is made of these tokens, though not every file says that they are control tokens.
 _UNUSED = re.compile(r"<unused\d+>|<mask>|\[multimodal\]")
 _FOREIGN = "this is not Gemma 3's tokenizer"
 
 
 class TokenType(IntEnum):
-    """`tokenizer.ggml.token_type` in a GGUF file."""
+    """The values of `tokenizer.ggml.token_type` in a GGUF file."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -47,9 +49,10 @@ class TokenType(IntEnum):
 
 
 class Tokenizer(ABC):
-    """Gemma 3's vocabulary: `vocab_size` ids, of which `bos_id` begins a text and any of `eos_ids` ends one.
+    """Turns text into ids below `vocab_size` and back: `bos_id` begins a text, and any of `eos_ids` ends one.
 
-    `control_ids` are the control tokens (<bos>, <end_of_turn>, ...), `byte_ids` those that stand for a byte.
+    `control_ids` are those of the control tokens (<bos>, <end_of_turn>, ...), and `byte_ids` those that stand for a
+    byte.
     """
 
     vocab_size: int
@@ -59,11 +62,11 @@ class Tokenizer(ABC):
     byte_ids: frozenset[int]
 
     def encode(self, text: str, *, bos: bool = True, control: bool = True) -> list[int]:
-        """The ids of `text`.
+        """Return the ids of `text`.
 
-        `bos` puts BOS in front unless the ids begin with it already. With `control` false, "<end_of_turn>"
-        and the other control tokens are ordinary text. A lone surrogate, which is no character, is read as
-        U+FFFD. Raises RequestError when `text` is not a str.
+        If `bos` is true, BOS is put in front unless the ids begin with it already. If `control` is false,
+        "<end_of_turn>" and the other control tokens are ordinary text. A lone surrogate, which is no character, is
+        read as U+FFFD. Raises RequestError if `text` is not a str.
         """
         if not isinstance(text, str):
             raise RequestError(f"text to encode must be a str, not {type(text).__name__}")
@@ -73,19 +76,19 @@ class Tokenizer(ABC):
         return ids
 
     def decode(self, ids: Iterable[int], *, control: bool = True) -> str:
-        """The text of `ids`; `control` false leaves control tokens out.
+        """Return the text of `ids`, without the control tokens if `control` is false.
 
-        In a run of byte tokens that is not valid UTF-8, every byte becomes U+FFFD. Raises RequestError for an
-        id that is not an int in [0, vocab_size).
+        In a run of byte tokens that is not valid UTF-8, every byte becomes U+FFFD. Raises RequestError for an id that
+        is not an int in [0, vocab_size).
         """
         return self._decode([self.checked(token) for token in ids], control)
 
-    def stream(self, *, control: bool = True) -> "TokenStream":
-        """A decoder for ids that come one at a time; `control` as in `decode`."""
+    def stream(self, *, control: bool = True) -> TokenStream:
+        """Return a decoder for ids that come one at a time; `control` is that of `decode`."""
         return TokenStream(self, control)
 
     def checked(self, token: int) -> int:
-        """`token` as a plain int. Raises RequestError unless it is an int in [0, vocab_size)."""
+        """Return `token` as a plain int. Raises RequestError unless it is an int in [0, vocab_size)."""
         try:
             checked = operator.index(token)
             if isinstance(token, bool):
@@ -97,7 +100,7 @@ class Tokenizer(ABC):
         return checked
 
     def token_bytes(self) -> list[bytes]:
-        """What each id adds to a text, in UTF-8; nothing for control tokens and those that no text is made of."""
+        """Return the UTF-8 that each id adds to a text: b"" for control tokens and those that no text is made of."""
         return [self._token_bytes(token) for token in range(self.vocab_size)]
 
     def _token_bytes(self, token: int) -> bytes:
@@ -119,9 +122,9 @@ class Tokenizer(ABC):
 
 
 class TokenStream:
-    """Decodes ids as they come; the pieces joined are what `Tokenizer.decode` makes of all the ids.
+    """Decodes ids as they come: joined, the pieces are the text that `Tokenizer.decode` makes of all the ids.
 
-    A run of byte tokens is held back until it ends: only then is it known whether it is valid UTF-8.
+    A run of byte tokens is held back until it ends, since only then is it known whether it is valid UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer, control: bool) -> None:
@@ -130,7 +133,7 @@ class TokenStream:
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that id `token` completes; often empty. Raises RequestError as `Tokenizer.decode` does."""
+        """Return the text that id `token` completes, which may be "". Raises RequestError as `decode` does."""
         token = self._tokenizer.checked(token)
         if not self._control and token in self._tokenizer.control_ids:
             return ""
@@ -138,7 +141,7 @@ class TokenStream:
         return "" if token in self._tokenizer.byte_ids else self.flush()
 
     def flush(self) -> str:
-        """The text still held back. The stream can be used again afterwards."""
+        """Return the text that is held back. The stream can be used again afterwards."""
         text = self._tokenizer.decode(self._held)
         self._held.clear()
         return text
@@ -147,7 +150,7 @@ class TokenStream:
 class HFTokenizer(Tokenizer):
     """A tokenizer.json, through Hugging Face's `tokenizers`.
 
-    Raises ModelError naming `path` when the file is missing, damaged, or not Gemma's.
+    Raises ModelError, which names `path`, if the file is missing, damaged, or not Gemma's.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -155,11 +158,11 @@ class HFTokenizer(Tokenizer):
 
         path = Path(path)
         if not path.is_file():
-            raise ModelError(f"{path}: no such file; a Hugging Face model folder has a tokenizer.json")
+            raise ModelError(f"{path}: there is no such file; a Hugging Face model folder has a tokenizer.json")
         try:
             self._rust = Rust.from_file(str(path))
         except Exception as error:  # `tokenizers` raises nothing narrower
-            raise ModelError(f"{path}: damaged tokenizer.json ({error}); download it again") from error
+            raise ModelError(f"{path}: the file is damaged ({error}); download it again") from error
         self._rust.no_truncation()
         self._rust.no_padding()
         self._lock = threading.Lock()
@@ -173,14 +176,14 @@ class HFTokenizer(Tokenizer):
     def _id(self, piece: str, path: Path) -> int:
         token = self._rust.token_to_id(piece)
         if token is None:
-            raise ModelError(f"{path}: no token {piece}; {_FOREIGN}")
+            raise ModelError(f"{path}: there is no token {piece}; {_FOREIGN}")
         return token
 
     def _piece(self, token: int) -> str:
         return self._rust.id_to_token(token) or ""
 
     def _encode(self, text: str, control: bool) -> list[int]:
-        with self._lock:  # the mode is a property of the shared object
+        with self._lock:  # since the mode belongs to the shared object
             self._rust.encode_special_tokens = not control
             return self._rust.encode(text, add_special_tokens=False).ids
 
@@ -189,10 +192,10 @@ class HFTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A GGUF vocabulary, in pure Python; gives the ids that `tokenizers` gives on Gemma's tokenizer.json.
+    """A GGUF vocabulary, in pure Python: it gives the ids that `tokenizers` gives with Gemma's tokenizer.json.
 
-    `pieces`, `scores` (float32) and `types` (TokenType) have one entry per id. `source` names them in errors.
-    Raises ModelError when they differ in length or are not Gemma's.
+    `pieces`, `scores` (float32) and `types` (TokenType) have one entry for each id. `source` names them in errors.
+    Raises ModelError if they differ in length or are not Gemma's.
     """
 
     def __init__(
@@ -205,14 +208,14 @@ class BPETokenizer(Tokenizer):
     ) -> None:
         if not len(pieces) == len(scores) == len(types):
             raise ModelError(
-                f"{source}: {len(pieces)} tokens, {len(scores)} scores and {len(types)} token types; "
-                "there must be one of each per token"
+                f"{source}: there are {len(pieces)} tokens, {len(scores)} scores and {len(types)} token types; "
+                "each token must have one of each"
             )
         if "" in pieces:
             raise ModelError(f"{source}: token {pieces.index('')} is empty; {_FOREIGN}")
         kinds = types.tolist()
-        # llama.cpp's converter writes the user-defined runs of SPACE with plain spaces, and with the lowest
-        # of all scores; in tokenizer.json their merges come first.
+        # llama.cpp's converter writes the user-defined runs of SPACE with plain spaces and with the lowest of all
+        # scores, but in tokenizer.json their merges come first.
         self._pieces = [
             piece.replace(" ", SPACE) if kind == TokenType.USER_DEFINED else piece
             for piece, kind in zip(pieces, kinds, strict=True)
@@ -270,7 +273,7 @@ class BPETokenizer(Tokenizer):
 
 
 class _AddedTokens:
-    """Tokens found in the text before any merging: control tokens, HTML tags, runs of newlines and tabs."""
+    """The tokens that are looked for before any merging: control tokens, HTML tags, runs of newlines and tabs."""
 
     def __init__(self, ids: dict[str, int]) -> None:
         self._ids = ids
@@ -281,7 +284,7 @@ class _AddedTokens:
         self._first = re.compile(f"[{re.escape(''.join(lengths))}]")
 
     def find(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(start, end, id) of each, from the left, the longest where several start."""
+        """Yield (start, end, id) of each one in `text`, from the left; the longest one if several start together."""
         at = 0
         while match := self._first.search(text, at):
             start = match.start()
@@ -295,6 +298,7 @@ class _AddedTokens:
 
 
 def _byte_value(piece: str, source: str) -> int:
+    """Return the byte that a piece like "<0xFF>" stands for. Raises ModelError for another piece."""
     match = re.fullmatch("<0x([0-9A-F]{2})>", piece)
     if match is None:
         raise ModelError(f"{source}: byte token {piece!r} is not of the form <0xFF>; {_FOREIGN}")
@@ -302,6 +306,7 @@ def _byte_value(piece: str, source: str) -> int:
 
 
 def _utf8(run: bytearray) -> str:
+    """Return the text of a run of bytes; if it is not valid UTF-8, U+FFFD for every byte."""
     try:
         return run.decode()
     except UnicodeDecodeError:
@@ -309,7 +314,7 @@ def _utf8(run: bytearray) -> str:
 
 
 def _without_surrogates(text: str) -> str:
-    """`text` with surrogate pairs joined, as JavaScript strings hold them, and lone ones made U+FFFD."""
+    """Return `text` with its surrogate pairs, which JavaScript's strings have, joined, and lone ones made U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

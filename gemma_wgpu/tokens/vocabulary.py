@@ -1,9 +1,12 @@
-"""Gemma's vocabulary as a compact file, which loads quickly where there is no `tokenizers`; made from tokenizer.json.
+"""Gemma's vocabulary as a compact file, made from tokenizer.json, which loads quickly without `tokenizers`.
 
-The file is 16 bytes, `magic`, version, pieces and bytes of text as little-endian u32, then one zlib stream of:
-the length of each piece in characters (u16), the scores (float32, the first bytes of all, then the second bytes
-of all, ..., which compresses forty times better), the types (u8), and the pieces one after the other in UTF-8.
+The file begins with 16 bytes: the magic, and as little-endian u32 the version, the number of pieces and the bytes of
+their text. One zlib stream follows, of the length of each piece in characters (u16), the scores (float32; the first
+bytes of all, then the second bytes of all, and so on, which compresses forty times better), the types (u8), and the
+pieces one after the other in UTF-8.
 """
+
+from __future__ import annotations
 
 import json
 import struct
@@ -17,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.files import reason
 from gemma_wgpu.tokens.bpe import SPACE
 from gemma_wgpu.tokens.tokenizer import CONTROL, BPETokenizer, TokenType
 
@@ -29,18 +33,18 @@ _MOST_TEXT = 1 << 28
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What `BPETokenizer` needs of every id: its piece, its float32 score and its TokenType."""
+    """The piece, the score (float32) and the TokenType of every id, which `BPETokenizer` is made of."""
 
     pieces: Sequence[str]
     scores: NDArray[np.float32]
     types: NDArray[np.integer]
 
     def tokenizer(self, source: str) -> BPETokenizer:
-        """The tokenizer. Raises ModelError naming `source` when the vocabulary is not Gemma's."""
+        """Return the tokenizer. Raises ModelError, which names `source`, if the vocabulary is not Gemma's."""
         return BPETokenizer(self.pieces, self.scores, self.types, source=source)
 
     def to_bytes(self) -> bytes:
-        """The compact file; the same bytes for the same vocabulary and version of zlib."""
+        """Return the compact file, whose bytes are the same for the same vocabulary and version of zlib."""
         text = "".join(self.pieces).encode()
         lengths = np.array([len(piece) for piece in self.pieces], "<u2")
         planes = np.ascontiguousarray(self.scores.astype("<f4")).view(np.uint8).reshape(-1, 4).T
@@ -49,18 +53,20 @@ class Vocabulary:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> Self:
-        """What `to_bytes` wrote. Raises ModelError naming `source` when it is damaged or of a newer version."""
+        """Read what `to_bytes` wrote. Raises ModelError, which names `source`, if it is damaged or too new."""
         if len(data) < _HEADER.size or data[:4] != _MAGIC:
-            raise ModelError(f"{source}: not a vocabulary file of gemma-wgpu; download it again")
+            raise ModelError(f"{source}: this is not a vocabulary file of gemma-wgpu; download it again")
         _, version, count, text_bytes = _HEADER.unpack_from(data)
         if version > _VERSION:
-            raise ModelError(f"{source}: of format version {version}, this gemma-wgpu reads {_VERSION}; upgrade it")
+            raise ModelError(
+                f"{source}: the vocabulary has format {version}, and this gemma-wgpu reads {_VERSION}; upgrade it"
+            )
         try:
             if version != _VERSION or count > _MOST_PIECES or text_bytes > _MOST_TEXT:
                 raise ValueError("impossible header")
             size = 7 * count + text_bytes
             stream = zlib.decompressobj()
-            # One byte more than is right, to notice a stream that goes on.
+            # One byte more is asked for than is right, to notice a stream that goes on.
             body = np.frombuffer(stream.decompress(data[_HEADER.size :], size + 1), np.uint8)
             if len(body) != size or not stream.eof:
                 raise ValueError("wrong length")
@@ -70,20 +76,20 @@ class Vocabulary:
             if ends[-1:].tolist() != [len(text)]:
                 raise ValueError("wrong length")
         except (ValueError, zlib.error) as error:
-            raise ModelError(f"{source}: damaged vocabulary ({error}); download it again") from error
+            raise ModelError(f"{source}: the vocabulary is damaged ({error}); download it again") from error
         scores = np.ascontiguousarray(planes.reshape(4, count).T).view("<f4").reshape(-1)
         types = types.copy()
-        del body, lengths, planes, encoded  # memory that the pieces can have: this runs in browsers
+        del body, lengths, planes, encoded  # so that the pieces can have the memory, which is scarce in browsers
         starts = np.concatenate((np.zeros(1, np.uint32), ends[:-1]))
         pieces = [text[start:end] for start, end in zip(starts.data, ends.data, strict=True)]
         return cls(pieces, scores, types)
 
     @classmethod
     def from_tokenizer_json(cls, path: Path) -> Self:
-        """The vocabulary in Hugging Face's tokenizer.json; `tokenizer` gives the ids that `tokenizers` gives.
+        """Read the vocabulary in a tokenizer.json; its `tokenizer` gives the ids that `tokenizers` gives.
 
-        Scores are made from the order of the merges. Raises ModelError when the file is missing, damaged or
-        does not tokenize as Gemma 3's do, by byte pairs over all splits of its pieces.
+        Scores are made from the order of the merges. Raises ModelError, which names the file, if it is missing or
+        damaged, or if it does not tokenize as Gemma 3's does, by byte pairs over all splits of its pieces.
         """
         try:
             content = json.loads(path.read_bytes())
@@ -95,12 +101,14 @@ class Vocabulary:
             is_gemmas = (model["type"], model["byte_fallback"], normalizer) == ("BPE", True, _NORMALIZER)
             scores = _scores(ids, merges)
         except OSError as error:
-            raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+            raise ModelError(f"{path}: cannot be read: {reason(error)}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{path}: damaged tokenizer.json ({error!r}); download it again") from error
-        # BPETokenizer takes the merges of user-defined tokens as the first, as they are in Gemma's.
+            raise ModelError(f"{path}: the file is damaged ({error!r}); download it again") from error
+        # BPETokenizer takes the merges of user-defined tokens to be the first ones, which they are in Gemma's file.
         if not is_gemmas or kinds is None or scores is None or any(scores.get(pieces[token]) for token in kinds):
-            raise ModelError(f"{path}: does not split text as Gemma 3's tokenizer.json; use the model's original one")
+            raise ModelError(
+                f"{path}: it does not split text as Gemma 3's tokenizer.json does; use the model's original one"
+            )
         types = np.full(len(pieces), TokenType.NORMAL, np.uint8)
         for byte in range(256):
             if (piece := f"<0x{byte:02X}>") in ids:
@@ -117,6 +125,7 @@ _NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
 def _in_order(ids: Mapping[str, int]) -> list[str]:
+    """Return the pieces in the order of their ids. Raises ValueError if ids are missing."""
     pieces = sorted(ids, key=ids.__getitem__)
     if [ids[piece] for piece in pieces] != list(range(len(pieces))):
         raise ValueError("the ids have gaps")
@@ -124,7 +133,7 @@ def _in_order(ids: Mapping[str, int]) -> list[str]:
 
 
 def _added_types(added: Sequence[Mapping[str, Any]]) -> dict[int, TokenType] | None:
-    """The types of added tokens by id; None where one is matched or treated otherwise than Gemma's are."""
+    """Return the types of added tokens by id; None if one is matched or treated otherwise than Gemma's are."""
     types = {}
     for token in added:
         if any(token[key] for key in ("single_word", "lstrip", "rstrip", "normalized")):
@@ -136,10 +145,10 @@ def _added_types(added: Sequence[Mapping[str, Any]]) -> dict[int, TokenType] | N
 
 
 def _scores(ids: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> dict[str, float] | None:
-    """Scores that put the possible merges in the order of `merges`; None where no scores do.
+    """Return scores that put the possible merges in the order of `merges`; None if no scores do.
 
-    `PairMerger` goes by score, then by the longer left part, the longer right part, the lower id. So merges that
-    follow each other in this order may share a score, and each that does not begins the next lower one.
+    `PairMerger` goes by score, then by the longer left side, the longer right side and the lower id. So merges that
+    follow each other in this order may share a score, and each merge that does not begins the next lower score.
     """
     scores: dict[str, float] = {}
     score = 0.0
@@ -152,7 +161,6 @@ def _scores(ids: Mapping[str, int], merges: Sequence[tuple[str, ...]]) -> dict[s
         last = place
         if scores.setdefault(merged, score) != score:
             return None
-    splits = sum(
-        1 for piece in ids for at in range(1, len(piece)) if piece[:at] in ids and piece[at:] in ids
-    )  # all of them are possible to PairMerger
+    # PairMerger can make every piece from every split of it into two pieces.
+    splits = sum(1 for piece in ids for at in range(1, len(piece)) if piece[:at] in ids and piece[at:] in ids)
     return scores if splits == len(merges) == len(set(merges)) else None

@@ -1,1 +1,1 @@
-"""Model weights: reading checkpoints, and the layouts that the shaders read."""
+"""Weights: reading, converting and writing checkpoints, and bringing them to the GPU."""

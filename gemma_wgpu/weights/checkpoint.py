@@ -1,71 +1,92 @@
-"""A model on disk: its configuration, its tensors by Hugging Face's names, its tokenizer."""
+"""What a model is loaded from: its configuration, its tensors by the names of its family's table, its tokenizer."""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.gpu.device import Data
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.ops.layout import Layout, Packed
+from gemma_wgpu.models.spec import Family, Kind, TensorSpec
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
+from gemma_wgpu.weights.packed import Packed
 
-EMBEDDING = "model.embed_tokens.weight"
 
+class Tensor(ABC):
+    """A weight matrix on its way to the GPU. `shape` is (rows, cols) as it is stored there; rows are its outputs."""
 
-class Source(ABC):
-    """A weight matrix on its way to the GPU: `shape` is (rows, cols), rows being its outputs."""
-
-    name: str  # Hugging Face's
-    shape: tuple[int, ...]
+    name: str  # that of the family's table
+    shape: tuple[int, int]
 
     @property
     @abstractmethod
     def layout(self) -> Layout:
-        """The layout of the words."""
+        """Return the layout of the words."""
 
     @abstractmethod
     def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data, Data]]:
-        """Rows [start, stop), in one or more runs: (the first row, quants, scales). `start` is even."""
+        """Yield rows [start, stop) in one or more runs of (the first row, quants, scales). `start` is even."""
 
 
 class Weights(ABC):
-    """What a model is loaded from. Use as a context manager, or close() when the weights have been read.
+    """What a model is loaded from. It is a context manager; `close` it when the weights have been read.
 
-    `reports_progress` is of those whose bytes come slowly, and who tell how many have come.
+    `quantization` is as the files call it: "Q4_K_M", "bf16". `reports_progress` says whether it tells by itself how
+    many bytes have come, since they come slowly.
     """
 
     name: str
-    config: Gemma3Config
+    family: Family
+    config: Any  # of the family
     quantization: str
     reports_progress: bool
 
+    @cached_property
+    def table(self) -> Mapping[str, TensorSpec]:
+        """Return the tensors that the model has, by name and in the order of their use."""
+        return {spec.name: spec for spec in self.family.tensors(self.config)}
+
+    def spec(self, name: str, *, matrix: bool) -> TensorSpec:
+        """Return the entry of a matrix or of a vector. Raises ModelError if there is none of that name."""
+        spec = self.table.get(name)
+        if spec is None or spec.kind.is_matrix != matrix:
+            raise ModelError(f"{self.place}: {self.family.name} has no {'matrix' if matrix else 'vector'} {name}")
+        return spec
+
+    @property
     @abstractmethod
-    def tensor(self, name: str) -> Source:
-        """The matrix of a name in `matrix_shapes`. Raises ModelError for any other."""
+    def place(self) -> str:
+        """Return the path or the address of it, for messages."""
 
     @abstractmethod
-    async def norm_factors(self, name: str) -> NDArray[np.float32]:
-        """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
+    def tensor(self, name: str) -> Tensor:
+        """Return a matrix of the table. Raises ModelError for any other name."""
+
+    @abstractmethod
+    async def vector(self, name: str) -> NDArray[np.float32]:
+        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that belongs to the model. Raises ModelError when it is missing or damaged."""
+        """Return the tokenizer that belongs to the model. Raises ModelError if it is missing or damaged."""
 
     def seconds(self) -> dict[str, float]:
-        """Spent so far on what comes before reading, by what it was; nothing where that takes no time of its own."""
+        """Return the seconds that fetching files has taken so far, by what they were spent on."""
         return {}
 
     @abstractmethod
     def release(self) -> None:
         """Give the memory of what was read back to the system; what was packed stays valid.
 
-        Weights read from a mapped file count as the process's memory until then.
+        Until then, weights that were read from a mapped file count as the process's memory.
         """
 
     @abstractmethod
@@ -79,20 +100,20 @@ class Weights(ABC):
         self.close()
 
 
-class Tensor(Source):
-    """A weight matrix that can be read."""
+class LocalTensor(Tensor):
+    """A weight matrix that can be read at once."""
 
     @abstractmethod
     def pack(self, start: int = 0, stop: int | None = None) -> Packed:
-        """Rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
+        """Return rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
 
     async def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data, Data]]:
-        """Rows [start, stop) as `pack` gives them."""
+        """Yield rows [start, stop) as `pack` gives them."""
         packed = self.pack(start, stop)
         yield start, packed.quants, packed.scales
 
     def _checked(self, start: int, stop: int | None) -> tuple[int, int]:
-        """Rows as `pack` is asked for them. Raises RequestError outside the matrix."""
+        """Return the rows that `pack` is asked for. Raises RequestError outside the matrix."""
         rows = self.shape[0]
         stop = rows if stop is None else stop
         if not 0 <= start < stop <= rows:
@@ -101,87 +122,42 @@ class Tensor(Source):
 
 
 class Checkpoint(Weights):
-    """A model that was found whole: every tensor the architecture needs was checked when it was opened.
+    """A model that was found whole: every tensor of the table was checked when it was opened.
 
-    `nbytes` counts the bytes that these tensors take in the source. `quantization` is as the source calls it:
-    "Q4_K_M", "bf16".
+    `nbytes` counts the bytes that these tensors take in the files.
     """
 
     path: Path
     nbytes: int
     reports_progress = False
 
-    @abstractmethod
-    def tensor(self, name: str) -> Tensor:
-        """The matrix of a name in `matrix_shapes`. Raises ModelError for any other."""
+    @property
+    def place(self) -> str:
+        """Return the path."""
+        return str(self.path)
 
     @abstractmethod
-    def norm(self, name: str) -> NDArray[np.float32]:
-        """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
+    def tensor(self, name: str) -> LocalTensor:
+        """Return a matrix of the table. Raises ModelError for any other name."""
 
-    async def norm_factors(self, name: str) -> NDArray[np.float32]:
-        """`norm`."""
-        return self.norm(name)
+    @abstractmethod
+    def values(self, name: str) -> NDArray[np.float32]:
+        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
+
+    async def vector(self, name: str) -> NDArray[np.float32]:
+        """Return `values`."""
+        return self.values(name)
+
+    def matrices(self, kind: Kind | None = None) -> list[LocalTensor]:
+        """Return all matrices, or those of one kind."""
+        specs = [spec for spec in self.table.values() if spec.kind.is_matrix and kind in (None, spec.kind)]
+        return [self.tensor(spec.name) for spec in specs]
 
     @abstractmethod
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary behind it, in our own form. Raises ModelError when it is missing or damaged."""
+        """Return the vocabulary of the tokenizer, in our own form. Raises ModelError if it is missing or damaged."""
 
     @property
     @abstractmethod
     def files(self) -> tuple[Path, ...]:
-        """All the files that the model is made of."""
-
-
-def matrix_shapes(config: Gemma3Config) -> dict[str, tuple[int, int]]:
-    """(rows, cols) of every matrix the architecture has; the head is the embedding."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = config.query_size, config.key_value_size
-    shapes = {EMBEDDING: (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= {
-            f"{prefix}.self_attn.q_proj.weight": (query, hidden),
-            f"{prefix}.self_attn.k_proj.weight": (key, hidden),
-            f"{prefix}.self_attn.v_proj.weight": (key, hidden),
-            f"{prefix}.self_attn.o_proj.weight": (hidden, query),
-            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
-        }
-    return shapes
-
-
-def norm_shapes(config: Gemma3Config) -> dict[str, tuple[int]]:
-    """(length,) of every norm the architecture has."""
-    shapes = {"model.norm.weight": (config.hidden_size,)}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= {
-            f"{prefix}.input_layernorm.weight": (config.hidden_size,),
-            f"{prefix}.post_attention_layernorm.weight": (config.hidden_size,),
-            f"{prefix}.pre_feedforward_layernorm.weight": (config.hidden_size,),
-            f"{prefix}.post_feedforward_layernorm.weight": (config.hidden_size,),
-            f"{prefix}.self_attn.q_norm.weight": (config.head_dim,),
-            f"{prefix}.self_attn.k_norm.weight": (config.head_dim,),
-        }
-    return shapes
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a .gguf file, a model folder, or a Hugging Face folder: config.json, *.safetensors, tokenizer.json.
-
-    Raises ModelError, naming the file and the tensor or key, when it is missing, damaged, incomplete or not a
-    Gemma 3 that can be run.
-    """
-    from gemma_wgpu.weights.folder import FolderCheckpoint  # these build on this module
-    from gemma_wgpu.weights.gguf import GGUFCheckpoint
-    from gemma_wgpu.weights.manifest import MANIFEST
-    from gemma_wgpu.weights.safetensors import SafetensorsCheckpoint
-
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return FolderCheckpoint(path) if (path / MANIFEST).exists() else SafetensorsCheckpoint(path)
-    if not path.exists():
-        raise ModelError(f"{path}: no such file or folder; give a .gguf file or a model folder")
-    return GGUFCheckpoint(path)
+        """Return all the files that the model is made of."""

@@ -1,8 +1,10 @@
 """How model files store rows of weights, and how that becomes the two arrays of a Layout, bit for bit.
 
-The quantised ones are GGUF's block types, as ggml defines them (ggml-quants.c): records of a few bytes, each
-with its scales and the numbers of 32 or 256 neighbours along a row.
+The quantised encodings are GGUF's block types, which ggml defines (ggml-quants.c): a row is made of records of a few
+bytes, each of which has the scales and the numbers of 32 or 256 neighbours.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.ops.layout import BLOCK, Layout, pack_halves, pack_nibbles
+from gemma_wgpu.ops.layout import BLOCK, Layout
+from gemma_wgpu.weights.packed import pack_halves, pack_nibbles
 
 Words = NDArray[np.uint32]
 Split = Callable[[NDArray[np.uint8]], tuple[Words, Words]]
@@ -18,7 +21,7 @@ Split = Callable[[NDArray[np.uint8]], tuple[Words, Words]]
 
 @dataclass(frozen=True)
 class Encoding:
-    """`group` neighbouring weights take `group_bytes`; `split` makes (quants, scales) of whole groups."""
+    """An encoding in which `group` neighbours take `group_bytes`; `split` makes (quants, scales) of whole groups."""
 
     name: str
     layout: Layout
@@ -28,7 +31,7 @@ class Encoding:
 
     @property
     def dense(self) -> bool:
-        """Whether the weights are plain floats, one after the other."""
+        """Say whether the weights are plain floats, one after the other."""
         return self.group == 1
 
 
@@ -77,8 +80,8 @@ _Q4_K = np.dtype([("dm", "<u4"), ("scales", "u1", (3, 4)), ("qs", "u1", (4, BLOC
 
 def _q4_k(data: NDArray[np.uint8]) -> tuple[Words, Words]:
     groups = data.view(_Q4_K)
-    # The 6-bit sc and m of blocks 0-3 are the low bits of bytes 0-3 and 4-7. Those of blocks 4-7 have their
-    # low four bits in the nibbles of bytes 8-11, and their high two in the top bits of bytes 0-3 and 4-7.
+    # The 6-bit sc and m of blocks 0-3 are the low bits of bytes 0-3 and 4-7. The sc and m of blocks 4-7 have their
+    # low four bits in the nibbles of bytes 8-11, and their high two bits in the top bits of bytes 0-3 and 4-7.
     first, last = groups["scales"][:, :2], groups["scales"][:, 2]
     pairs = np.empty((len(groups), 8, 2), np.uint8)
     pairs[:, :4] = np.moveaxis(first & 63, 1, 2)
@@ -98,8 +101,8 @@ _Q6_K = np.dtype([("ql", "u1", (2, 2, BLOCK)), ("qh", "u1", (2, BLOCK)), ("scale
 
 def _q6_k(data: NDArray[np.uint8]) -> tuple[Words, Words]:
     groups = data.view(_Q6_K)
-    # Each half of the group: the low nibbles of two runs of 32 bytes, then their high ones; above each, two
-    # bits of qh.
+    # Each half of a group begins with the low nibbles of two runs of 32 bytes, and their high nibbles follow. Two
+    # bits of qh stand above each nibble.
     low = np.concatenate((groups["ql"] & 15, groups["ql"] >> 4), axis=2)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     numbers = low | (groups["qh"][:, :, None] >> shifts & 3) << 4
@@ -110,7 +113,7 @@ def _q6_k(data: NDArray[np.uint8]) -> tuple[Words, Words]:
 
 
 def _words(array: NDArray[np.generic]) -> Words:
-    # Copies what is scattered, or lies in the file at an address that is no multiple of four.
+    # This copies what is scattered, and what lies in the file at an address that is no multiple of four.
     return np.require(np.ascontiguousarray(array).reshape(-1).view(np.uint32), requirements="A")
 
 

@@ -1,50 +1,61 @@
-"""Reading a model folder: its bytes are the GPU's, so packing rows is no more than a view of a mapped file."""
+"""Reading model folders. Their bytes are those that the GPU reads, so `pack` returns views of the mapped files."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.ops.layout import Layout, Packed
+from gemma_wgpu.files import reason, sha256
+from gemma_wgpu.models.registry import family_of_hf
+from gemma_wgpu.models.spec import Family
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
-from gemma_wgpu.weights.checkpoint import Checkpoint, Tensor, norm_shapes
-from gemma_wgpu.weights.manifest import MANIFEST, Entry, File, Manifest, upload_order
+from gemma_wgpu.weights.checkpoint import Checkpoint, LocalTensor
+from gemma_wgpu.weights.manifest import MANIFEST, Entry, File, Manifest
+from gemma_wgpu.weights.packed import Packed
 from gemma_wgpu.weights.stored import MappedFile
 
 
-def checked_config(manifest: Manifest, config: bytes, folder: str) -> Gemma3Config:
-    """What the config.json of a folder says. Raises ModelError where it is damaged, or the manifest does not fit."""
+def checked_config(manifest: Manifest, config: bytes, folder: str) -> tuple[Family, Any]:
+    """Return the family and the configuration that are in the config.json of a folder.
+
+    `config` is the content of that file, and `folder` the path or the address of the folder, for messages. Raises
+    ModelError if the file is damaged or the manifest does not fit it.
+    """
     source = f"{folder}/{manifest.config.name}"
     try:
         content = json.loads(config)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{source}: not valid JSON ({error}); convert the model again") from error
+        raise ModelError(f"{source}: this is not valid JSON ({error}); convert the model again") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{source}: not a JSON object; convert the model again")
-    checked = Gemma3Config.from_hf(content, source=source)
-    shapes = {tensor.name: (tensor.rows, tensor.cols) for tensor in manifest.tensors}
-    if list(shapes.items()) != list(upload_order(checked).items()):
+        raise ModelError(f"{source}: this is not a JSON object; convert the model again")
+    family = family_of_hf(content, source)
+    checked = family.config.from_hf(content, source=source)
+    table = family.tensors(checked)
+    listed = [(tensor.name, (tensor.rows, tensor.cols)) for tensor in manifest.tensors]
+    if listed != [(spec.name, spec.stored_shape) for spec in table]:
         raise ModelError(
             f"{folder}/{MANIFEST}: its tensors are not those of the model in {manifest.config.name}; convert it again"
         )
-    norms = norm_shapes(checked)
-    for tensor in manifest.tensors:
-        if tensor.name in norms and tensor.layout != Layout.F32:
-            raise ModelError(f"{folder}/{MANIFEST}: {tensor.name} is {tensor.layout.name}; norms must be F32")
-    return checked
+    for tensor, spec in zip(manifest.tensors, table, strict=True):
+        if not spec.kind.is_matrix and tensor.layout != Layout.F32:
+            raise ModelError(f"{folder}/{MANIFEST}: {tensor.name} is {tensor.layout.name}; it must be F32")
+    return family, checked
 
 
 class FolderCheckpoint(Checkpoint):
-    """A Gemma 3 in a model folder, as `convert` writes it; `manifest` says what is in it.
+    """A model in a model folder that `convert` wrote; `manifest` is the content of its manifest.json.
 
-    Files are checked for being there and of the right size now, for their SHA-256 when they are first read.
-    Either raises ModelError naming the file.
+    Raises ModelError, which names the file, if a file is missing or its size is wrong; and when a file is first read,
+    if its SHA-256 is wrong.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,39 +63,33 @@ class FolderCheckpoint(Checkpoint):
         self.manifest = Manifest.from_json(_read(path / MANIFEST), str(path / MANIFEST))
         self.name = self.manifest.name
         self.quantization = self.manifest.quantization
-        self.config = checked_config(self.manifest, self._whole(self.manifest.config), str(path))
+        self.family, self.config = checked_config(self.manifest, self._whole(self.manifest.config), str(path))
         self._shards = tuple(_Shard(path, shard) for shard in self.manifest.shards)
-        tensors = {tensor.name: _FolderTensor(tensor, self._shards) for tensor in self.manifest.tensors}
-        self._norms = {name: tensors.pop(name) for name in norm_shapes(self.config)}
-        self._matrices = tensors
+        self._entries = {tensor.name: tensor for tensor in self.manifest.tensors}
         self.nbytes = sum(tensor.nbytes for tensor in self.manifest.tensors)
 
-    def tensor(self, name: str) -> Tensor:
-        """The matrix of a name in `matrix_shapes`. Raises ModelError for any other."""
-        if name not in self._matrices:
-            raise ModelError(f"{self.path}: Gemma 3 has no matrix {name}")
-        return self._matrices[name]
+    def tensor(self, name: str) -> LocalTensor:
+        """Return a matrix of the table. Raises ModelError for any other name."""
+        return _FolderMatrix(self._entries[self.spec(name, matrix=True).name], self._shards)
 
-    def norm(self, name: str) -> NDArray[np.float32]:
-        """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
-        if name not in self._norms:
-            raise ModelError(f"{self.path}: Gemma 3 has no norm {name}")
-        return self._norms[name].pack().dequantize().reshape(-1)
+    def values(self, name: str) -> NDArray[np.float32]:
+        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
+        [part] = self._entries[self.spec(name, matrix=False).name].parts
+        return self._shards[part.shard].read(*part.quants).view(np.float32).copy()
 
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary file. Raises ModelError when it is missing or damaged."""
+        """Return the vocabulary. Raises ModelError if its file is missing or damaged."""
         file = self.manifest.vocabulary
         return Vocabulary.from_bytes(self._whole(file), str(self.path / file.name))
 
     def tokenizer(self) -> Tokenizer:
-        """The vocabulary's tokenizer. Raises ModelError when it is missing or damaged."""
+        """Return the vocabulary's tokenizer. Raises ModelError if it is missing or damaged."""
         return self.vocabulary().tokenizer(str(self.path / self.manifest.vocabulary.name))
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The manifest and the files that it lists."""
-        listed = (self.manifest.config, self.manifest.vocabulary, *self.manifest.shards)
-        return (self.path / MANIFEST, *(self.path / file.name for file in listed))
+        """Return the manifest and the files that it lists."""
+        return (self.path / MANIFEST, *(self.path / file.name for file in self.manifest.files))
 
     def release(self) -> None:
         """Give the memory of what was read back to the system; what was packed stays valid."""
@@ -97,7 +102,7 @@ class FolderCheckpoint(Checkpoint):
             shard.close()
 
     def _whole(self, file: File) -> bytes:
-        """All of a small file, checked."""
+        """Return all of a small file, checked."""
         data = _read(self.path / file.name)
         if len(data) != file.nbytes or hashlib.sha256(data).hexdigest() != file.sha256:
             raise _damaged(self.path / file.name)
@@ -105,34 +110,37 @@ class FolderCheckpoint(Checkpoint):
 
 
 class _Shard(MappedFile):
-    """A shard whose SHA-256 is checked before any of it is read."""
+    """A shard, whose SHA-256 is checked before any of it is read.
+
+    Raises ModelError, which names the file, if it is missing or its size is wrong.
+    """
 
     def __init__(self, folder: Path, file: File) -> None:
         path = folder / file.name
         if not path.is_file():
-            raise ModelError(f"{path}: no such file, but {MANIFEST} lists it; download this shard")
+            raise ModelError(f"{path}: there is no such file, but {MANIFEST} lists it; download this shard")
         super().__init__(path)
         if self.size != file.nbytes:
             raise ModelError(
-                f"{path}: {self.size:,} bytes where {MANIFEST} has {file.nbytes:,}: the file is cut short or not of "
-                "this folder; download this shard again"
+                f"{path}: it has {self.size:,} bytes where {MANIFEST} says {file.nbytes:,}: it is cut short or not "
+                "of this folder; download this shard again"
             )
         self._sha256 = file.sha256
         self._checked = False
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """A read-only view of bytes. Raises ModelError, before any are seen, when the file is damaged."""
+        """Return a read-only view of bytes. Raises ModelError if the file is damaged, before any are seen."""
         view = super().read(offset, nbytes)
         if not self._checked:
-            # Read, not mapped: it leaves the pages in the system's cache, and none in this process.
-            if file_sha256(self.path) != self._sha256:
+            # Reading leaves the pages in the system's cache, and none in this process, as the mapping would.
+            if _sha256(self.path) != self._sha256:
                 raise _damaged(self.path)
             self._checked = True
         return view
 
 
-class _FolderTensor(Tensor):
-    """A matrix, or a norm as its one row, in the shards of a folder."""
+class _FolderMatrix(LocalTensor):
+    """A matrix in the shards of a folder."""
 
     def __init__(self, entry: Entry, shards: Sequence[_Shard]) -> None:
         self.name = entry.name
@@ -140,19 +148,19 @@ class _FolderTensor(Tensor):
         self._layout = entry.layout
         self._parts = entry.parts
         self._shards = shards
-        # A row's scales may begin or end inside a word, those of two rows do not.
+        # The scales of a row may begin or end inside a word, but those of two rows do not.
         two_rows = entry.part_bytes(0, 2)
         self._row_bytes = two_rows[0] // 2, two_rows[1] // 2
 
     @property
     def layout(self) -> Layout:
-        """The layout of the words in the shards."""
+        """Return the layout of the words in the shards."""
         return self._layout
 
     def pack(self, start: int = 0, stop: int | None = None) -> Packed:
-        """Rows [start, stop), all by default; views of the file where they lie in one shard.
+        """Return rows [start, stop), all by default; they are views of the file if they lie in one shard.
 
-        Raises RequestError outside the matrix, ModelError naming a shard that is damaged.
+        Raises RequestError outside the matrix, and ModelError, which names the shard, if it is damaged.
         """
         start, stop = self._checked(start, stop)
         quants, scales = [], []
@@ -168,7 +176,7 @@ class _FolderTensor(Tensor):
 
 
 def _words(parts: list[NDArray[np.uint8]]) -> NDArray[np.uint32]:
-    """The parts joined, as a view where that can be; what is missing of the last word is zero."""
+    """Return the parts joined, as a view if possible; what the last word lacks is filled up with zeros."""
     size = sum(part.size for part in parts)
     if len(parts) == 1 and size % 4 == 0 and parts[0].ctypes.data % 4 == 0:
         return parts[0].view(np.uint32)
@@ -177,20 +185,18 @@ def _words(parts: list[NDArray[np.uint8]]) -> NDArray[np.uint32]:
     return words
 
 
-def file_sha256(path: Path) -> str:
-    """In hexadecimal. Raises ModelError when the file cannot be read."""
+def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise ModelError(f"{path}: cannot be read: {reason(error)}") from error
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror or error}; download the folder again") from error
+        raise ModelError(f"{path}: cannot be read: {reason(error)}; download the folder again") from error
 
 
 def _damaged(path: Path) -> ModelError:

@@ -1,7 +1,9 @@
-"""Reading GGUF version 3: a header of typed metadata and tensor descriptions, then the tensors' data.
+"""Reading GGUF version 3: a header with typed metadata and the tensors' descriptions, and then the tensors' data.
 
 The format is described in ggml's docs/gguf.md. All numbers are little-endian.
 """
+
+from __future__ import annotations
 
 import struct
 from pathlib import Path
@@ -10,29 +12,29 @@ from typing import Any
 import numpy as np
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.models.registry import family_of_gguf
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
 from gemma_wgpu.weights import encodings
-from gemma_wgpu.weights.stored import HEAD, MappedFile, StoredCheckpoint, StoredTensor
+from gemma_wgpu.weights.stored import MappedFile, StoredCheckpoint, StoredTensor
 
 _MAGIC = b"GGUF"
 _VERSION = 3
-_ALIGNMENT = 32  # unless the metadata say otherwise
+_ALIGNMENT = 32  # bytes, unless the metadata say otherwise
 
-# Far above any real file, low enough that a damaged count is refused before it is believed.
+# These are far above any real file, and low enough that a damaged count is refused before it is believed.
 _MOST_ENTRIES = 1 << 16
 _MOST_ITEMS = 1 << 22
 _MOST_DIMENSIONS = 4
 _LONGEST_NAME = 1 << 10
 _LONGEST_TEXT = 1 << 20
 
-# Metadata value types.
+# These are the types of metadata values.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT = 8
 _ARRAY = 9
 
-# ggml tensor types: those that can be read, and the names of those that files in circulation also have.
+# These ggml tensor types can be read, and files in circulation have the others too.
 _ENCODINGS = {
     0: encodings.F32,
     1: encodings.F16,
@@ -65,7 +67,7 @@ _UNREADABLE = {
     39: "MXFP4",
 }
 
-# `general.file_type`, of the files whose tensors can be read.
+# These values of `general.file_type` stand for files whose tensors can be read.
 _FILE_TYPES = {
     0: "F32",
     1: "F16",
@@ -79,84 +81,60 @@ _FILE_TYPES = {
     32: "BF16",
 }
 
-_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    HEAD: "output.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    """What a GGUF calls the tensor that Hugging Face calls `name`."""
-    if name in _NAMES:
-        return _NAMES[name]
-    layer, _, part = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
-    return f"blk.{layer}.{_LAYER_NAMES[part]}.weight"
-
 
 class GGUFCheckpoint(StoredCheckpoint):
-    """A Gemma 3 in a GGUF file. `metadata` has the file's keys; lists of numbers are numpy arrays.
+    """A model in a GGUF file. `metadata` has the file's keys; lists of numbers are numpy arrays.
 
-    Raises ModelError, naming the file and what is wrong, unless every tensor is there and can be read.
+    Raises ModelError, which names the file and what is wrong, unless every tensor is there and can be read.
     """
 
     def __init__(self, path: Path) -> None:
         file = MappedFile(path)
         header = _Header(file)
         self.metadata = header.metadata
+        family = family_of_gguf(self.metadata, str(path))
         name = self.metadata.get("general.name")
         kind = self.metadata.get("general.file_type")
         super().__init__(
             path,
             name if isinstance(name, str) else path.stem,
-            Gemma3Config.from_gguf(self.metadata, source=str(path)),
+            family,
+            family.config.from_gguf(self.metadata, source=str(path)),
             [file],
             header.tensors(),
-            file_name=gguf_name,
-            norm_bias=0,  # the converter has added the 1
+            file_name=lambda spec: spec.gguf,
+            plus_one=False,  # the converter has added the 1
             quantization=_FILE_TYPES.get(kind) if isinstance(kind, int) else None,
         )
 
     def vocabulary(self) -> Vocabulary:
-        """The SentencePiece vocabulary in the metadata. Raises ModelError when it is missing or damaged."""
+        """Return the SentencePiece vocabulary in the metadata. Raises ModelError if it is missing or damaged."""
         pieces, scores, types = (
             self.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")
         )
         if self.metadata.get("tokenizer.ggml.model") != "llama" or not isinstance(pieces, list):
-            raise ModelError(f"{self.path}: tokenizer.ggml.model is not llama; Gemma 3's vocabulary is of that kind")
+            raise ModelError(f"{self.path}: tokenizer.ggml.model is not llama; Gemma's vocabulary is of that kind")
         if not isinstance(scores, np.ndarray) or not isinstance(types, np.ndarray):
             raise ModelError(f"{self.path}: tokenizer.ggml.scores or token_type is missing; convert the model again")
         return Vocabulary(pieces, scores, types)
 
     def tokenizer(self) -> Tokenizer:
-        """The vocabulary's tokenizer. Raises ModelError if it is damaged or not Gemma's."""
+        """Return the vocabulary's tokenizer. Raises ModelError if it is damaged or not Gemma's."""
         return self.vocabulary().tokenizer(str(self.path))
 
 
 class _Header:
-    """The file read in order up to its tensors' data: `metadata` when constructed, then `tensors()`, once."""
+    """Reads a file in order, up to its tensors' data: `metadata` at once, and then `tensors()`, one time.
+
+    Raises ModelError, which names the file, if it is not a GGUF file or its header is damaged.
+    """
 
     def __init__(self, file: MappedFile) -> None:
         self._file = file
         self._at = 0
         head = file.map[:256]
         if head[:4] != _MAGIC:
-            raise ModelError(f"{file.path}: not a GGUF file: {_likeness(head)}")
+            raise ModelError(f"{file.path}: this is not a GGUF file: {_likeness(head)}")
         self._at = len(_MAGIC)
         version = self._scalar("I")
         if version != _VERSION:
@@ -173,7 +151,7 @@ class _Header:
             self.metadata[key] = self._value(key)
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """The tensors by their GGUF names. Raises ModelError naming one that cannot be read."""
+        """Return the tensors by their GGUF names. Raises ModelError, which names a tensor that cannot be read."""
         described = [self._description() for _ in range(self._tensors)]
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
@@ -189,17 +167,18 @@ class _Header:
                 what = _UNREADABLE.get(kind, f"of unknown type {kind}")
                 known = ", ".join(known.name for known in _ENCODINGS.values())
                 raise self._error(f"tensor {name!r} is {what}; use a GGUF with {known} only")
-            tensor = StoredTensor(name, shape, name, encoding, self._file, start + offset)
-            if offset != expected:  # the format leaves no gaps, so this finds most damage to types and shapes
+            tensor = StoredTensor(name, shape, encoding, self._file, start + offset)
+            if offset != expected:  # the format leaves no gaps, so this finds most of the damage to types and shapes
                 raise tensor.error(f"is at offset {offset} where {expected} is due; the file is damaged")
             expected = _aligned(offset + tensor.nbytes, alignment)
             tensors[name] = tensor
         return tensors
 
     def _description(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Return the name, the shape, the ggml type and the offset of the next tensor."""
         name = self._name()
         dimensions = self._count("I", f"dimensions of tensor {name!r}", _MOST_DIMENSIONS)
-        shape = tuple(self._scalar("Q") for _ in range(dimensions))[::-1]  # stored innermost first
+        shape = tuple(self._scalar("Q") for _ in range(dimensions))[::-1]  # the innermost is first
         return name, shape, self._scalar("I"), self._scalar("Q")
 
     def _value(self, key: str) -> object:
@@ -226,7 +205,7 @@ class _Header:
         return self._decoded(self._take(self._count("Q", "bytes of text", _LONGEST_TEXT)))
 
     def _texts(self, count: int) -> list[str]:
-        # As _text, but quick: a vocabulary has 262144 of them.
+        # This does what _text does, but quickly, since a vocabulary has 262144 of them.
         buffer, at, size = self._file.map, self._at, self._file.size
         length_at = struct.Struct("<Q").unpack_from
         texts = []
@@ -283,7 +262,7 @@ def _aligned(offset: int, alignment: int) -> int:
 
 
 def _likeness(head: bytes) -> str:
-    """What a file that begins like this seems to be instead, and what to do about it."""
+    """Say what a file that begins with `head` seems to be instead, and what to do about it."""
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; fetch the file itself with git lfs pull"
     if head.lstrip()[:1] == b"<":

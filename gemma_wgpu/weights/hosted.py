@@ -1,35 +1,74 @@
-"""A model folder on the web, whose matrices go to the GPU without entering Python's memory."""
+"""Model folders on the web, whose matrices go to the GPU without entering Python's memory."""
 
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.errors import ModelError
-from gemma_wgpu.fetch.store import Folder
 from gemma_wgpu.gpu.device import Data, Held
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.models.spec import Family
 from gemma_wgpu.ops.layout import Layout
+from gemma_wgpu.progress import OnProgress, Progress
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
-from gemma_wgpu.weights.checkpoint import Source, Weights, matrix_shapes, norm_shapes
+from gemma_wgpu.weights.checkpoint import Tensor, Weights
 from gemma_wgpu.weights.folder import checked_config
 from gemma_wgpu.weights.manifest import MANIFEST, Entry, File, Manifest
 
-Progress = Callable[[int, int], None]
+
+class WebFolder(ABC):
+    """A folder of files at the address `url`, each of which is kept on this machine once it has come.
+
+    Every method raises ModelError, which names the file's address.
+    """
+
+    url: str
+
+    @abstractmethod
+    async def read(self, name: str) -> bytes:
+        """Return a small file as it is now, or as it was kept if the server cannot be reached."""
+
+    @abstractmethod
+    async def load(self, name: str, nbytes: int, sha256: str, report: Callable[[int], None]) -> Held:
+        """Return a file with a known size in bytes and SHA-256, from this machine or else over the network.
+
+        `report` is called again and again with the bytes that have come so far.
+        """
+
+    @abstractmethod
+    async def retain(self, name: str, data: bytes, others: frozenset[str]) -> None:
+        """Keep `data` as the file `name`, and delete what is kept of the folder but this file and `others`."""
+
+    @abstractmethod
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds that were spent on loading so far: on "storage", "download" and "hash"."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop what is under way. Idempotent."""
 
 
 class HostedFolder(Weights):
-    """A Gemma 3 in a model folder on the web. One shard at a time is at hand: read it in the manifest's order."""
+    """A model in a model folder on the web. It has one shard at hand at a time: read it in the table's order."""
 
     reports_progress = True
 
     def __init__(
-        self, folder: Folder, manifest: Manifest, config: Gemma3Config, vocabulary: bytes, progress: Progress | None
+        self,
+        folder: WebFolder,
+        manifest: Manifest,
+        family: Family,
+        config: Any,
+        vocabulary: bytes,
+        progress: OnProgress | None,
     ) -> None:
         self.name = manifest.name
         self.quantization = manifest.quantization
+        self.family = family
         self.config = config
         self._folder = folder
         self._manifest = manifest
@@ -39,10 +78,10 @@ class HostedFolder(Weights):
         self._at_hand: tuple[int, Held] | None = None
 
     @classmethod
-    async def open(cls, folder: Folder, progress: Progress | None) -> Self:
-        """Fetch all but the shards. `progress` is told bytes done and in all of these, as they come.
+    async def open(cls, folder: WebFolder, progress: OnProgress | None) -> Self:
+        """Fetch the folder but its shards. `progress` is told of these as they come.
 
-        Raises ModelError naming the address when the folder is not there, is damaged or cannot be reached.
+        Raises ModelError, which names the address, if the folder is not there, is damaged or cannot be reached.
         """
         listing = await folder.read(MANIFEST)
         manifest = Manifest.from_web(listing, f"{folder.url}/{MANIFEST}")
@@ -50,31 +89,31 @@ class HostedFolder(Weights):
             (await folder.load(file.name, file.nbytes, file.sha256, lambda _: None)).to_bytes()
             for file in (manifest.config, manifest.vocabulary)
         ]
-        checked = checked_config(manifest, config, folder.url)
-        files = (manifest.config, manifest.vocabulary, *manifest.shards)
-        await folder.retain(MANIFEST, listing, frozenset(file.name for file in files))
-        return cls(folder, manifest, checked, vocabulary, progress)
+        family, checked = checked_config(manifest, config, folder.url)
+        await folder.retain(MANIFEST, listing, frozenset(file.name for file in manifest.files))
+        return cls(folder, manifest, family, checked, vocabulary, progress)
 
-    def tensor(self, name: str) -> Source:
-        """The matrix of a name in `matrix_shapes`. Raises ModelError for any other."""
-        if name not in matrix_shapes(self.config):
-            raise ModelError(f"{self._folder.url}: Gemma 3 has no matrix {name}")
-        return _HostedTensor(self._entries[name], self)
+    @property
+    def place(self) -> str:
+        """Return the address."""
+        return self._folder.url
 
-    async def norm_factors(self, name: str) -> NDArray[np.float32]:
-        """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
-        if name not in norm_shapes(self.config):
-            raise ModelError(f"{self._folder.url}: Gemma 3 has no norm {name}")
-        [part] = self._entries[name].parts
+    def tensor(self, name: str) -> Tensor:
+        """Return a matrix of the table. Raises ModelError for any other name."""
+        return _HostedMatrix(self._entries[self.spec(name, matrix=True).name], self)
+
+    async def vector(self, name: str) -> NDArray[np.float32]:
+        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
+        [part] = self._entries[self.spec(name, matrix=False).name].parts
         return np.frombuffer((await self.shard(part.shard)).slice(*part.quants).to_bytes(), np.float32)
 
     def tokenizer(self) -> Tokenizer:
-        """The vocabulary's tokenizer. Raises ModelError when that is damaged."""
-        source = f"{self._folder.url}/{self._manifest.vocabulary.name}"
-        return Vocabulary.from_bytes(self._vocabulary, source).tokenizer(source)
+        """Return the vocabulary's tokenizer. Raises ModelError if that is damaged."""
+        place = f"{self._folder.url}/{self._manifest.vocabulary.name}"
+        return Vocabulary.from_bytes(self._vocabulary, place).tokenizer(place)
 
     async def shard(self, number: int) -> Held:
-        """A shard, checked. The one before is let go."""
+        """Return a shard, checked. The shard that was at hand before is let go."""
         if self._at_hand is None or self._at_hand[0] != number:
             self._let_go()
             file = self._manifest.shards[number]
@@ -89,7 +128,7 @@ class HostedFolder(Weights):
 
         def report(done: int) -> None:
             if self._progress is not None:
-                self._progress(before + done, total)
+                self._progress(Progress("loading", before + done, total))
 
         return report
 
@@ -99,11 +138,11 @@ class HostedFolder(Weights):
             self._at_hand = None
 
     def seconds(self) -> dict[str, float]:
-        """Spent on fetching, keeping and checking files."""
+        """Return the seconds that were spent on fetching, keeping and checking files."""
         return self._folder.seconds()
 
     def release(self) -> None:
-        """A shard is let go when the next one comes."""
+        """Do nothing: a shard is let go when the next one comes."""
 
     def close(self) -> None:
         """Let go of the last shard, and stop a download that is under way."""
@@ -111,7 +150,9 @@ class HostedFolder(Weights):
         self._folder.close()
 
 
-class _HostedTensor(Source):
+class _HostedMatrix(Tensor):
+    """A matrix in the shards of a folder on the web."""
+
     def __init__(self, entry: Entry, folder: HostedFolder) -> None:
         self.name = entry.name
         self.shape = (entry.rows, entry.cols)
@@ -120,9 +161,11 @@ class _HostedTensor(Source):
 
     @property
     def layout(self) -> Layout:
+        """Return the layout of the words in the shards."""
         return self._entry.layout
 
     async def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data, Data]]:
+        """Yield rows [start, stop), in one run for each shard that they lie in."""
         for run in self._entry.runs(start, stop):
             shard = await self._folder.shard(run.shard)
             yield run.start, shard.slice(*run.quants), shard.slice(*run.scales)

@@ -1,9 +1,11 @@
-"""What a model folder holds: manifest.json, and how tensors are laid out over its shards.
+"""Model folders: what manifest.json says, and how tensors are laid out over the shards.
 
-The folder has config.json, the vocabulary and shards. A shard is a valid safetensors file whose data are the
-words that the GPU reads, all tensors one after the other in the order in which they are uploaded. The manifest
-says where each lies in bytes from the start of the file, so that a reader needs no more than byte ranges.
+The folder has config.json, the vocabulary and shards. A shard is a valid safetensors file whose data are the words
+that the GPU reads, all tensors one after the other in the order in which they are uploaded. The manifest says where
+each tensor lies, in bytes from the start of the file, so a reader needs no more than ranges of bytes.
 """
+
+from __future__ import annotations
 
 import json
 import math
@@ -13,23 +15,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.models.config import Gemma3Config
 from gemma_wgpu.ops.layout import Layout
-from gemma_wgpu.weights.checkpoint import EMBEDDING, matrix_shapes, norm_shapes
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 VOCABULARY = "vocabulary.bin"
 
 _FORMAT = 1
-_NAME = re.compile(r"\w[\w.-]*")  # a file of the folder itself, wherever a manifest may point
+_NAME = re.compile(r"\w[\w.-]*")  # so a manifest cannot name a file outside of the folder
 _SHA256 = re.compile("[0-9a-f]{64}")
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the folder: its name, size in bytes and SHA-256 in hexadecimal."""
+    """A file of the folder, with its size in bytes and its SHA-256 in hexadecimal."""
 
     name: str
     nbytes: int
@@ -37,7 +37,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardPart:
     """Rows [start, stop) of a matrix, in shard number `shard`: `quants` and then `scales`, each (offset, bytes).
 
     Offsets are in bytes from the start of the shard. `start` is even.
@@ -52,37 +52,42 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """A matrix in `layout`, or a norm: one row of F32. `name` is Hugging Face's; `parts` join into all rows."""
+    """A matrix in `layout`, or a vector, which is one row of F32.
+
+    `name` is Hugging Face's; `parts` join into all rows.
+    """
 
     name: str
     layout: Layout
     rows: int
     cols: int
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ShardPart, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of quants and scales."""
+        """Return the bytes of quants and scales."""
         return sum(self.part_bytes(0, self.rows))
 
     def part_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Bytes of the quants and of the scales of rows [start, stop)."""
+        """Return the bytes of the quants and of the scales of rows [start, stop)."""
         rows = stop - start
+        if self.layout == Layout.F32:  # that of vectors, which need not have whole blocks
+            return 4 * rows * self.cols, 0
         return 4 * self.layout.quant_words(rows, self.cols), 4 * self.layout.scale_words(rows, self.cols)
 
-    def runs(self, start: int, stop: int) -> Iterator[Part]:
-        """Rows [start, stop), of which `start` is even, as parts that lie between those in the shards."""
+    def runs(self, start: int, stop: int) -> Iterator[ShardPart]:
+        """Yield rows [start, stop) as parts, each of which lies in one shard. `start` is even."""
         for part in self.parts:
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last:
                 before, sizes = self.part_bytes(part.start, first), self.part_bytes(first, last)
                 quants, scales = part.quants[0] + before[0], part.scales[0] + before[1]
-                yield Part(part.shard, first, last, (quants, sizes[0]), (scales, sizes[1]))
+                yield ShardPart(part.shard, first, last, (quants, sizes[0]), (scales, sizes[1]))
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json. `tensors` are in upload order, which is their order in `shards` too."""
+    """The content of manifest.json. `tensors` are in the order of their upload, which is that in the shards too."""
 
     name: str
     quantization: str
@@ -92,41 +97,46 @@ class Manifest:
     tensors: tuple[Entry, ...]
 
     def to_json(self) -> bytes:
-        """The file, the same bytes for the same content."""
+        """Return the bytes of the file, which are the same for the same content."""
         content = {"format": _FORMAT, **asdict(self)}
         for tensor in content["tensors"]:
             tensor["layout"] = tensor["layout"].name
         return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Return all files of the folder but the manifest."""
+        return self.config, self.vocabulary, *self.shards
+
     @classmethod
     def from_json(cls, data: bytes, source: str) -> Self:
         """Read what `to_json` wrote.
 
-        Raises ModelError naming `source` when it is of a newer format, damaged, or at odds with itself: tensors
-        must follow each other without gaps and fill their shards.
+        Raises ModelError, which names `source`, if it is of a newer format, is damaged, or contradicts itself:
+        tensors must follow each other without gaps and fill their shards.
         """
         try:
             content = json.loads(data)
             version = _whole(content["format"])
             manifest = cls._read(content) if version <= _FORMAT else None
         except (ModelError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{source}: damaged manifest ({error!r}); download it again") from error
+            raise ModelError(f"{source}: the manifest is damaged ({error!r}); download it again") from error
         if manifest is None:
             raise ModelError(
-                f"{source}: a model folder of format version {version}, this gemma-wgpu reads {_FORMAT}; upgrade it"
+                f"{source}: the model folder has format {version}, and this gemma-wgpu reads {_FORMAT}; upgrade it"
             )
         return manifest
 
     @classmethod
     def from_web(cls, data: bytes, address: str) -> Self:
-        """`from_json` of what a server sent, which may be anything."""
+        """Do what `from_json` does, with a better message if the server sent something else than a manifest."""
         try:
             content = json.loads(data)
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             raise ModelError(
-                f"{address}: not the manifest of a model folder; give the address of a folder that has one"
+                f"{address}: this is not the manifest of a model folder; give the address of a folder that has one"
             )
         return cls.from_json(data, address)
 
@@ -144,6 +154,7 @@ class Manifest:
         return manifest
 
     def _check_places(self) -> None:
+        """Raise ValueError unless the tensors follow each other without gaps."""
         shard, end = -1, 0
         for tensor in self.tensors:
             row = 0
@@ -164,40 +175,29 @@ class Manifest:
             raise ValueError("there are bytes that belong to no tensor")
 
 
-def upload_order(config: Gemma3Config) -> dict[str, tuple[int, int]]:
-    """(rows, cols) of all matrices and norms, which are one row, in the order in which a model uses them."""
-    matrices = matrix_shapes(config)
-    norms = {name: (1, size) for name, (size,) in norm_shapes(config).items()}
-    order = {EMBEDDING: matrices[EMBEDDING]}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        for shapes in (norms, matrices):
-            order |= {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
-    return order | {"model.norm.weight": norms["model.norm.weight"]}
-
-
 @dataclass(frozen=True)
 class Shard:
-    """A shard to be written: its header, then `parts` in order, each of the tensor `parts[i][0]`."""
+    """A shard that is to be written: its header, and then the rows of `parts`, (tensor, rows), in their order."""
 
     name: str
     header: bytes
-    parts: tuple[tuple[Entry, Part], ...]
+    parts: tuple[tuple[Entry, ShardPart], ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole file."""
+        """Return the bytes of the whole file."""
         _, last = self.parts[-1]
         return sum(last.scales)
 
 
-_Rows = tuple[Entry, int, int]  # of a tensor: start, stop
+_Rows = tuple[Entry, int, int]  # a tensor, and its rows from start to stop
 
 
 def plan(tensors: Iterable[Entry], shard_size: int) -> tuple[list[Shard], list[Entry]]:
-    """The shards that `tensors` fill in their order, none above `shard_size` bytes, and the tensors with parts.
+    """Return the shards that `tensors` fill in their order, and the tensors with the parts that they have there.
 
-    Only tensors larger than a shard are split. Raises RequestError when not even two rows fit.
+    No shard is above `shard_size` bytes, and only tensors larger than a shard are split. Raises RequestError if not
+    even two rows fit.
     """
     shards: list[list[_Rows]] = [[]]
     for tensor in tensors:
@@ -216,7 +216,7 @@ def plan(tensors: Iterable[Entry], shard_size: int) -> tuple[list[Shard], list[E
         parts = []
         for tensor, start, stop in rows:
             quants, scales = tensor.part_bytes(start, stop)
-            parts.append((tensor, Part(number, start, stop, (data, quants), (data + quants, scales))))
+            parts.append((tensor, ShardPart(number, start, stop, (data, quants), (data + quants, scales))))
             data += quants + scales
         planned.append(Shard(f"weights-{number + 1:05}-of-{len(shards):05}.safetensors", header, tuple(parts)))
     return planned, list(_with_parts(planned))
@@ -239,7 +239,7 @@ def _rows_that_fit(tensor: Entry, start: int, shard_size: int) -> int:
 
 
 def _with_parts(shards: Iterable[Shard]) -> Iterator[Entry]:
-    parts: dict[Entry, list[Part]] = {}
+    parts: dict[Entry, list[ShardPart]] = {}
     for shard in shards:
         for tensor, part in shard.parts:
             parts.setdefault(tensor, []).append(part)
@@ -248,7 +248,7 @@ def _with_parts(shards: Iterable[Shard]) -> Iterator[Entry]:
 
 
 def _header(rows: Sequence[_Rows]) -> tuple[bytes, int]:
-    """The header of a safetensors file with these tensors, and its length, where their data begin."""
+    """Return the header of a safetensors file with these tensors, and its length, where their data begin."""
     entries: dict[str, object] = {}
     offset = 0
     for tensor, start, stop in rows:
@@ -294,9 +294,9 @@ def _span(content: Any) -> tuple[int, int]:
     return offset, nbytes
 
 
-def _part(content: Any) -> Part:
+def _part(content: Any) -> ShardPart:
     shard, start, stop = (_whole(content[key]) for key in ("shard", "start", "stop"))
-    return Part(shard, start, stop, _span(content["quants"]), _span(content["scales"]))
+    return ShardPart(shard, start, stop, _span(content["quants"]), _span(content["scales"]))
 
 
 def _entry(content: Any) -> Entry:

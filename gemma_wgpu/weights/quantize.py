@@ -2,16 +2,18 @@
 
 Round-to-nearest on a block's largest weight wastes levels: a scale that clips that weight, or one that lets the
 others fall nearer to the grid, often has less error. So each block tries a range of scales. Given the numbers q
-that a scale leads to, the best scale is a least-squares fit, in closed form, rounded to float16. The best of them
-is refined by turns, numbers for the scale and a scale for the numbers.
+that a scale leads to, the best scale is a least-squares fit, in closed form, rounded to float16. The best scale is
+then refined: the numbers for the scale and the scale for the numbers take turns.
 
-Without an offset, an error counts w^2 + mean(w^2) times, the mean over its block: a weight that is large moves the
+Without an offset, an error counts w^2 + mean(w^2) times, with the mean over its block, since a large weight moves the
 output more. In int4, on a real 270M, that leaves 0.30 nats a token of divergence, and plain least squares 0.35; with
 an offset it is the other way round, 0.17 and 0.15 (benchmarks/quantization.py).
 
-Weights that lie on a grid of their own (w = d * q, as those of quantisation-aware training do) find it again,
-since the levels that a grid's outermost weight can have are among the tries.
+Weights that lie on a grid of their own (w = d * q, as quantisation-aware training makes them) find it again, since
+the levels that a grid's outermost weight can have are among the tries.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -22,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.ops.layout import BLOCK, Layout, Packed, pack_halves, pack_nibbles
+from gemma_wgpu.ops.layout import BLOCK, Layout
+from gemma_wgpu.weights.packed import Packed, pack_halves, pack_nibbles
 
-_PIECE = 1 << 14  # blocks at a time: few enough for the processor's cache, enough that threads seldom wait
+_PIECE = 1 << 14  # blocks at a time, which the processor's cache holds, and for which threads seldom wait
 _ROUNDS = 3
-_LEAST = np.float32(1e-30)  # a block with no weight above this is zero, to any float16 scale
+_LEAST = np.float32(1e-30)  # a block without a weight above this is zero, whatever float16 its scale is
 _MOST = np.float32(1 << 24)  # above what any float16 scale reaches; sums of squares still fit float32
 
 Floats = NDArray[np.float32]
@@ -34,10 +37,10 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Grid:
-    """Numbers in [low, high], with an offset besides the scale or without.
+    """The numbers in [low, high], with an offset beside the scale or without.
 
-    A try (k, o) maps a block's values, normalised, to k * value + o. Normalised by the outermost weight, which
-    becomes -1; with an offset, so that they span [0, 1].
+    A try (k, o) maps the normalised values of a block to k * value + o. Values are normalised by the outermost
+    weight, which becomes -1; if there is an offset, so that they span [0, 1].
     """
 
     low: int
@@ -47,7 +50,7 @@ class _Grid:
 
 
 # The whole numbers are the levels at which a grid's outermost weight may lie; beyond 8 or 128 it is clipped. The
-# steps are fine enough: on Gaussian and real weights a search ten times as dense gains less than 0.5 %.
+# steps are fine enough: on Gaussian and on real weights, a search that is ten times as dense gains less than 0.5 %.
 _GRIDS = {
     Layout.INT4: _Grid(-8, 7, False, tuple((k / 4, 0.0) for k in range(16, 37))),
     Layout.INT8: _Grid(-128, 127, False, tuple((k / 2, 0.0) for k in range(224, 258))),
@@ -58,12 +61,12 @@ _GRIDS = {
 
 
 def quantize(weights: Floats, layout: Layout, pool: Executor | None = None) -> Packed:
-    """`weights` (rows, cols) in `layout`: F16 by rounding; INT8, INT4 and INT4_OFFSET by search.
+    """Return `weights` (rows, cols) in `layout`: F16 by rounding; INT8, INT4 and INT4_OFFSET by search.
 
-    The work is spread over the threads of `pool`; the result is the same with and without. Beside it, about
-    twice the bytes of `weights` are in use for a moment: give large matrices in parts, split at even rows.
-    Raises ModelError where a weight is not finite or beyond what float16 scales reach, and unless 32 divides
-    cols; ValueError for another layout.
+    The work is spread over the threads of `pool`; the result is the same with and without. Beside it, about twice the
+    bytes of `weights` are in use for a moment: give large matrices in parts, split at even rows. Raises ModelError if
+    a weight is not finite or is beyond what float16 scales reach, and unless 32 divides cols; ValueError for another
+    layout.
     """
     rows, cols = weights.shape
     if layout == Layout.F16:
@@ -71,7 +74,7 @@ def quantize(weights: Floats, layout: Layout, pool: Executor | None = None) -> P
     if layout not in _GRIDS:
         raise ValueError(f"{layout.name} cannot be quantised to")
     grid = _GRIDS[layout]
-    layout.quant_words(rows, cols)  # raises where cols do not divide into blocks
+    layout.quant_words(rows, cols)  # raises ModelError if cols do not divide into blocks
     blocks = np.ascontiguousarray(weights).reshape(-1, BLOCK)
     numbers = np.empty(blocks.shape, np.uint8 if grid.low == 0 else np.int8)
     scales = np.empty((len(blocks), 2 if grid.offset else 1), np.float16)
@@ -113,7 +116,7 @@ def _quantize_piece(
 ) -> None:
     """Fill `numbers` (n, 32) and `scales` (n, 1 or 2) for the blocks from `start` on."""
     stop = start + _PIECE
-    values = np.ascontiguousarray(blocks[start:stop].T)  # (32, n): a block is a column, numpy's fast direction
+    values = np.ascontiguousarray(blocks[start:stop].T)  # (32, n): a block is a column, which is fast in numpy
     search = _Search(grid, values)
     d, m = search.run()
     scales[start:stop, 0] = d
@@ -123,18 +126,21 @@ def _quantize_piece(
 
 
 class _Search:
-    """The least-squares search over blocks that are the columns of `values` (32, n)."""
+    """The least-squares search over blocks, which are the columns of `values` (32, n).
+
+    Raises ModelError if a value is not finite or is beyond what float16 scales reach.
+    """
 
     def __init__(self, grid: _Grid, values: Floats) -> None:
         self._grid = grid
         self._values = values
         self._low, self._high = values.min(axis=0), values.max(axis=0)
-        if not max(-self._low.min(), self._high.max()) < _MOST:  # not so for NaN either
+        if not max(-self._low.min(), self._high.max()) < _MOST:  # a NaN is not less either
             raise _unreachable()
         if grid.offset:
             self._mean = values.mean(axis=0)
             self._weighted = values - self._mean
-            self._worth = np.ones_like(values)  # of an error
+            self._worth = np.ones_like(values)  # what an error counts
         else:
             outermost = np.maximum(self._high, -self._low)
             squares = (values / np.where(outermost > _LEAST, outermost, np.inf)) ** 2
@@ -144,7 +150,7 @@ class _Search:
         self._numbers = np.empty_like(values)
 
     def run(self) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """The scale and the offset of every block."""
+        """Return the scale and the offset of every block."""
         self._best = np.zeros((2, self._values.shape[1]), np.float16)
         self._least = np.full(self._values.shape[1], np.inf)
         for numbers in self._tries():
@@ -163,15 +169,15 @@ class _Search:
         self._best[:, better] = d[better], m[better]
 
     def nearest(self, d: NDArray[np.float16], m: NDArray[np.float16]) -> Floats:
-        """The numbers (32, n) that `d` and `m` bring nearest to the weights. Overwritten by the next call."""
+        """Return the numbers (32, n) that `d` and `m` bring nearest to the weights. The next call overwrites them."""
         divisor = np.where(d == 0, np.float32(np.inf), d.astype(np.float32))
-        source = (
-            np.subtract(self._values, m.astype(np.float32), out=self._scratch) if self._grid.offset else self._values
-        )
-        return self._whole(np.divide(source, divisor, out=self._numbers))
+        values = self._values
+        if self._grid.offset:
+            values = np.subtract(values, m.astype(np.float32), out=self._scratch)
+        return self._whole(np.divide(values, divisor, out=self._numbers))
 
     def _tries(self) -> Iterator[Floats]:
-        """The numbers (32, n) of every try, overwritten by the next one."""
+        """Yield the numbers (32, n) of every try. The next try overwrites them."""
         low, high = self._low, self._high
         if self._grid.offset:
             span = high - low
@@ -189,7 +195,7 @@ class _Search:
         return np.rint(np.clip(numbers, self._grid.low, self._grid.high, out=numbers), out=numbers)
 
     def _fit(self, numbers: Floats) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """The scale and the offset with the least squared error for `numbers`."""
+        """Return the scale and the offset with the least squared error for `numbers`."""
         covariance = _sum(np.multiply(self._weighted, numbers, out=self._scratch))
         np.multiply(self._worth, numbers, out=self._scratch)
         variance = _sum(np.multiply(self._scratch, numbers, out=self._scratch))

@@ -1,27 +1,34 @@
-"""Tensors that lie in mapped files, and the checks that a set of them is a whole Gemma 3."""
+"""Tensors that lie in mapped files as their formats store them, and the checks that they make a whole model."""
+
+from __future__ import annotations
 
 import math
 import mmap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.ops.layout import Layout, Packed, widen
-from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint, Tensor, matrix_shapes, norm_shapes
+from gemma_wgpu.files import reason
+from gemma_wgpu.models.spec import Family, Kind, TensorSpec
+from gemma_wgpu.ops.layout import Layout
+from gemma_wgpu.weights.checkpoint import Checkpoint, LocalTensor
 from gemma_wgpu.weights.encodings import Encoding
+from gemma_wgpu.weights.packed import Packed, padded, widen
 
-HEAD = "lm_head.weight"
 _COMPARED = 1 << 24
 
 
 class MappedFile:
-    """A file's bytes, read from disk when they are touched. Raises ModelError when it cannot be opened."""
+    """The bytes of a file, which are read from disk when they are touched.
+
+    Raises ModelError if it cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,18 +38,18 @@ class MappedFile:
         except ValueError:  # an empty file cannot be mapped
             raise ModelError(f"{path}: the file is empty; download it again") from None
         except OSError as error:
-            raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+            raise ModelError(f"{path}: cannot be read: {reason(error)}") from error
         self.size = len(self._map)
 
     @property
     def map(self) -> mmap.mmap:
-        """The mapping itself; a slice of it is a copy, as bytes."""
+        """Return the mapping itself; a slice of it is a copy, as bytes."""
         if self._map is None:
             raise ModelError(f"{self.path}: the checkpoint is closed; open it again to read weights")
         return self._map
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """A read-only view of bytes that are known to be there."""
+        """Return a read-only view of bytes that are known to be there."""
         return np.frombuffer(self.map, np.uint8, nbytes, offset)
 
     def release(self) -> None:
@@ -56,15 +63,14 @@ class MappedFile:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredTensor(Tensor):
-    """A row-major tensor at byte `offset` of `file`, where it is called `label`.
+class StoredTensor:
+    """A tensor of any shape in a file, which calls it `label` and has it row-major from byte `offset` on.
 
-    Raises ModelError when its rows do not divide into the encoding's groups, or the file ends too early.
+    Raises ModelError if its rows do not divide into the encoding's groups, or if the file ends too early.
     """
 
-    name: str
-    shape: tuple[int, ...]
     label: str
+    shape: tuple[int, ...]
     encoding: Encoding
     file: MappedFile
     offset: int
@@ -72,9 +78,9 @@ class StoredTensor(Tensor):
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:
             raise self.error(f"has the impossible shape {_dims(self.shape)}")
-        group = self.encoding.group
-        if self.shape[-1] % group:
-            raise self.error(f"has rows of {self.shape[-1]}, not a multiple of {group} as {self.encoding.name} needs")
+        cols, group = self.shape[-1], self.encoding.group
+        if cols % group:
+            raise self.error(f"has rows of {cols}, not a multiple of {group} as {self.encoding.name} needs")
         missing = self.offset + self.nbytes - self.file.size
         if missing > 0:
             raise self.error(
@@ -83,29 +89,16 @@ class StoredTensor(Tensor):
             )
 
     @property
-    def layout(self) -> Layout:
-        """The layout that `pack` gives."""
-        return self.encoding.layout
-
-    @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Return the bytes in the file."""
         return math.prod(self.shape) // self.encoding.group * self.encoding.group_bytes
 
-    def pack(self, start: int = 0, stop: int | None = None) -> Packed:
-        """Rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
-        start, stop = self._checked(start, stop)
-        rows, cols = self.shape
-        row_bytes = self.nbytes // rows
-        data = self.file.read(self.offset + start * row_bytes, (stop - start) * row_bytes)
-        return Packed(self.layout, stop - start, cols, *self.encoding.split(data))
-
     def values(self) -> NDArray[np.float32]:
-        """All of a dense tensor, float32 in its shape."""
-        return widen(self.file.read(self.offset, self.nbytes), self.layout).reshape(self.shape)
+        """Return all of a dense tensor, float32 in its own shape."""
+        return widen(self.file.read(self.offset, self.nbytes), self.encoding.layout).reshape(self.shape)
 
-    def equals(self, other: "StoredTensor") -> bool:
-        """Whether both hold the same weights in the same bytes."""
+    def equals(self, other: StoredTensor) -> bool:
+        """Say whether both hold the same weights in the same bytes."""
         return (self.shape, self.encoding) == (other.shape, other.encoding) and all(
             np.array_equal(
                 self.file.read(self.offset + at, min(_COMPARED, self.nbytes - at)),
@@ -115,74 +108,86 @@ class StoredTensor(Tensor):
         )
 
     def error(self, problem: str) -> ModelError:
-        """An error that names the file and the tensor."""
+        """Return an error that names the file and the tensor."""
         return ModelError(f"{self.file.path}: tensor {self.label!r} {problem}")
 
 
-class StoredCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are `stored`, by the names they have in its files.
+class StoredMatrix(LocalTensor):
+    """A stored tensor of two dimensions as a weight matrix: `pack` fills its rows up to `cols` weights with zeros."""
 
-    `file_name` gives that name for one of Hugging Face's. `norm_bias` is to be added to a stored norm.
-    Raises ModelError for a tensor that is missing, of another shape than `config` makes it, or not Gemma 3's.
+    def __init__(self, name: str, stored: StoredTensor, cols: int) -> None:
+        self.name = name
+        self.shape = (stored.shape[0], cols)
+        self._stored = stored
+
+    @property
+    def layout(self) -> Layout:
+        """Return the layout that `pack` gives."""
+        return self._stored.encoding.layout
+
+    def pack(self, start: int = 0, stop: int | None = None) -> Packed:
+        """Return rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
+        start, stop = self._checked(start, stop)
+        stored, (rows, cols) = self._stored, self.shape
+        row_bytes = stored.nbytes // rows
+        data = stored.file.read(stored.offset + start * row_bytes, (stop - start) * row_bytes)
+        if cols > stored.shape[1]:
+            # Only plain floats, whose groups are single weights, can have such rows.
+            data = padded(data, stop - start, cols * stored.encoding.group_bytes)
+        return Packed(self.layout, stop - start, cols, *stored.encoding.split(data))
+
+
+class StoredCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are `stored`, by the names that they have in its files.
+
+    `file_name` gives that name for an entry of the family's table. `plus_one` says whether the files hold norms of
+    the kind NORM_PLUS_ONE without the 1, which is then added. Raises ModelError for a tensor that is missing, that
+    has another shape than `config` gives it, or that the family does not have.
     """
 
     def __init__(
         self,
         path: Path,
         name: str,
-        config: Gemma3Config,
+        family: Family,
+        config: Any,
         files: Iterable[MappedFile],
         stored: Mapping[str, StoredTensor],
         *,
-        file_name: Callable[[str], str],
-        norm_bias: float,
+        file_name: Callable[[TensorSpec], str],
+        plus_one: bool,
         quantization: str | None = None,
     ) -> None:
         self.path = path
         self.name = name
+        self.family = family
         self.config = config
         self._files = tuple(files)
-        self._norm_bias = np.float32(norm_bias)
+        self._plus_one = plus_one
         left = dict(stored)
-
-        def taken(tensor: str, shape: tuple[int, ...]) -> StoredTensor:
-            label = file_name(tensor)
-            if label not in left:
-                raise ModelError(f"{path}: tensor {label!r} is missing; this is not a complete Gemma 3 model")
-            found = left.pop(label)
-            if found.shape != shape:
-                raise found.error(f"is {_dims(found.shape)} where the configuration makes it {_dims(shape)}")
-            return replace(found, name=tensor)
-
-        self._matrices = {tensor: taken(tensor, shape) for tensor, shape in matrix_shapes(config).items()}
-        self._norms = {tensor: taken(tensor, shape) for tensor, shape in norm_shapes(config).items()}
-        for matrix in self._matrices.values():
-            if matrix.shape[1] % matrix.layout.group:
-                raise matrix.error(f"has rows of {matrix.shape[1]}, not a multiple of {matrix.layout.group}")
-        for norm in self._norms.values():
-            if not norm.encoding.dense:
-                raise norm.error(f"is {norm.encoding.name}; norms must be plain floats")
-        self._check_head(left.pop(file_name(HEAD), None))
+        self._stored = {spec.name: self._taken(left, spec, file_name(spec)) for spec in self.table.values()}
+        for spec in self.table.values():
+            for copy in spec.copies:
+                self._check_copy(spec, left.pop(copy, None))
         if left:
-            raise next(iter(left.values())).error("is not one that Gemma 3 has; this is another architecture")
-        self.nbytes = sum(tensor.nbytes for tensor in (*self._matrices.values(), *self._norms.values()))
+            raise next(iter(left.values())).error(f"is not one that {family.name} has; this is another architecture")
+        self.nbytes = sum(tensor.nbytes for tensor in self._stored.values())
         self.quantization = quantization or self._commonest_encoding()
 
-    def tensor(self, name: str) -> StoredTensor:
-        """The matrix of a name in `matrix_shapes`. Raises ModelError for any other."""
-        if name not in self._matrices:
-            raise ModelError(f"{self.path}: Gemma 3 has no matrix {name}")
-        return self._matrices[name]
+    def tensor(self, name: str) -> StoredMatrix:
+        """Return a matrix of the table. Raises ModelError for any other name."""
+        spec = self.spec(name, matrix=True)
+        return StoredMatrix(name, self._stored[name], spec.stored_shape[1])
 
-    def norm(self, name: str) -> NDArray[np.float32]:
-        """What a norm of `norm_shapes` multiplies by, 1 + w, float32 (n,). Raises ModelError for others."""
-        if name not in self._norms:
-            raise ModelError(f"{self.path}: Gemma 3 has no norm {name}")
-        return self._norms[name].values() + self._norm_bias
+    def values(self, name: str) -> NDArray[np.float32]:
+        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
+        spec = self.spec(name, matrix=False)
+        values = self._stored[name].values()
+        return values + np.float32(1) if self._plus_one and spec.kind == Kind.NORM_PLUS_ONE else values
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold the weights."""
+        """Return the files that hold the weights."""
         return tuple(file.path for file in self._files)
 
     def release(self) -> None:
@@ -195,13 +200,27 @@ class StoredCheckpoint(Checkpoint):
         for file in self._files:
             file.close()
 
-    def _check_head(self, head: StoredTensor | None) -> None:
-        # Some savers write the tied head out. One that was trained on its own would be another architecture.
-        if head is not None and not head.equals(self._matrices[EMBEDDING]):
-            raise head.error("is a head apart from the embedding; Gemma 3 has them tied")
+    def _taken(self, left: dict[str, StoredTensor], spec: TensorSpec, label: str) -> StoredTensor:
+        """Take the tensor of an entry of the table out of those that are `left`, and return it, checked."""
+        if label not in left:
+            raise ModelError(
+                f"{self.path}: tensor {label!r} is missing; this is not a complete {self.family.name} model"
+            )
+        found = left.pop(label)
+        if found.shape != spec.shape:
+            raise found.error(f"is {_dims(found.shape)} where the configuration makes it {_dims(spec.shape)}")
+        if not spec.kind.is_matrix and not found.encoding.dense:
+            raise found.error(f"is {found.encoding.name}; norms and biases must be plain floats")
+        return found
+
+    def _check_copy(self, spec: TensorSpec, copy: StoredTensor | None) -> None:
+        # Some savers write the tied head out. A head that was trained on its own makes another architecture.
+        if copy is not None and not copy.equals(self._stored[spec.name]):
+            raise copy.error(f"is a head apart from the embedding; {self.family.name} has them tied")
 
     def _commonest_encoding(self) -> str:
-        [(name, _)] = Counter(matrix.encoding.name for matrix in self._matrices.values()).most_common(1)
+        names = (self._stored[spec.name].encoding.name for spec in self.table.values() if spec.kind.is_matrix)
+        [(name, _)] = Counter(names).most_common(1)
         return name
 
 

@@ -1,15 +1,19 @@
-"""What a checkpoint is made of, in numbers."""
+"""Counting what a checkpoint is made of."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.models.spec import Kind
 from gemma_wgpu.ops.layout import Layout
-from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint, Tensor, matrix_shapes, norm_shapes
+from gemma_wgpu.weights.checkpoint import Checkpoint, Tensor
 
 
 @dataclass(frozen=True)
 class LayoutUse:
-    """How many matrices are in `layout`, with how many weights, in how many bytes on the GPU."""
+    """The matrices in one layout: how many they are, how many weights they have, and their bytes on the GPU."""
 
     layout: Layout
     tensors: int
@@ -18,57 +22,57 @@ class LayoutUse:
 
     @property
     def bits_per_weight(self) -> float:
-        """Scales included."""
+        """Return the bits that a weight takes, scales included."""
         return 8 * self.nbytes / self.weights
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint's make-up: the embedding, the other matrices by layout, and the bytes of the norms (float32).
+    """The make-up of a checkpoint: the embedding, the other matrices by layout, and the vectors, in float32.
 
-    `nbytes` is what the weights take on the GPU; `file_bytes` what they take where they are stored.
+    `nbytes` is what all weights take on the GPU, and `file_bytes` what they take in their files.
     """
 
     name: str
     quantization: str
-    config: Gemma3Config
+    config: Any
     parameters: int
     embedding: LayoutUse
     matrices: tuple[LayoutUse, ...]
-    norm_bytes: int
+    vector_bytes: int
     file_bytes: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights on the GPU."""
-        return self.embedding.nbytes + sum(use.nbytes for use in self.matrices) + self.norm_bytes
+        """Return the bytes of all weights on the GPU."""
+        return self.embedding.nbytes + sum(use.nbytes for use in self.matrices) + self.vector_bytes
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the matrices outside the embedding, scales included."""
+        """Return the bits that a weight outside the embedding takes, scales included."""
         return 8 * sum(use.nbytes for use in self.matrices) / sum(use.weights for use in self.matrices)
 
 
 def summarize(checkpoint: Checkpoint) -> Summary:
     """Count a checkpoint's tensors; no weights are read."""
-    shapes = matrix_shapes(checkpoint.config)
-    matrices = [checkpoint.tensor(name) for name in shapes if name != EMBEDDING]
+    matrices = checkpoint.matrices(Kind.MATRIX)
     layouts = sorted({matrix.layout for matrix in matrices})
-    norm_weights = sum(size for (size,) in norm_shapes(checkpoint.config).values())
+    specs = checkpoint.table.values()
+    vectors = sum(spec.shape[0] for spec in specs if not spec.kind.is_matrix)
     return Summary(
         name=checkpoint.name,
         quantization=checkpoint.quantization,
         config=checkpoint.config,
-        parameters=norm_weights + sum(rows * cols for rows, cols in shapes.values()),
-        embedding=_use([checkpoint.tensor(EMBEDDING)]),
+        parameters=vectors + sum(spec.shape[0] * spec.shape[1] for spec in specs if spec.kind.is_matrix),
+        embedding=_use(checkpoint.matrices(Kind.EMBEDDING)),
         matrices=tuple(_use([matrix for matrix in matrices if matrix.layout == layout]) for layout in layouts),
-        norm_bytes=4 * norm_weights,
+        vector_bytes=4 * vectors,
         file_bytes=checkpoint.nbytes,
     )
 
 
-def _use(matrices: list[Tensor]) -> LayoutUse:
+def _use(matrices: Sequence[Tensor]) -> LayoutUse:
     layout = matrices[0].layout
-    shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in matrices]
-    words = sum(layout.quant_words(*shape) + layout.scale_words(*shape) for shape in shapes)
-    return LayoutUse(layout, len(matrices), sum(rows * cols for rows, cols in shapes), 4 * words)
+    shapes = [matrix.shape for matrix in matrices]
+    nbytes = sum(layout.nbytes(*shape) for shape in shapes)
+    return LayoutUse(layout, len(matrices), sum(rows * cols for rows, cols in shapes), nbytes)

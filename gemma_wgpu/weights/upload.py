@@ -1,70 +1,95 @@
-"""Weights to the GPU: the one place where `weights` meets a device."""
+"""Bringing weights to the GPU."""
 
+from __future__ import annotations
+
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
-from gemma_wgpu.gpu.device import Buffer, Device
+from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.models.spec import Loader
 from gemma_wgpu.ops.layout import BLOCK, Layout
-from gemma_wgpu.weights.checkpoint import Source
+from gemma_wgpu.ops.linear import Linear, Part
+from gemma_wgpu.ops.step import Norm
+from gemma_wgpu.weights.checkpoint import Tensor, Weights
 
-_ROWS = 64  # parts and transfers are of whole multiples of this, so that their scales begin at a word
+_ROWS = 64  # parts and transfers begin at multiples of this, so that their scales begin at a word
 _TRANSFER = 16 << 20  # bytes
 
 Advance = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows `first_row` to `first_row + rows` of a matrix, in one layout and inside the binding limit."""
+class Upload(Loader):
+    """Brings the weights of a model to a device. `advance` is told the bytes of each transfer.
 
-    layout: Layout
-    first_row: int
-    rows: int
-    cols: int
-    quants: Buffer
-    scales: Buffer
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight matrix on the GPU, in one part wherever the layouts of its rows and the binding limit allow."""
-
-    rows: int
-    cols: int
-    parts: tuple[Part, ...]
-
-
-async def upload(device: Device, tensors: Sequence[Source], label: str, advance: Advance) -> Matrix:
-    """The matrix of `tensors` stacked row upon row. `advance` is told the bytes of each transfer.
-
-    Raises DeviceError when the GPU's memory is exhausted, ModelError when the tensors cannot be read.
+    If `empty` is true, the buffers are made but not filled, which shows what memory they take. Every method raises
+    DeviceError if the GPU's memory is exhausted, and ModelError if a tensor cannot be read.
     """
-    parts: list[Part] = []
-    rows, cols = 0, tensors[0].shape[1]
-    for run in _runs(tensors):
-        layout, run_rows = run[0].layout, sum(tensor.shape[0] for tensor in run)
-        per_part = _rows_per_part(device, layout, cols)
-        for start in range(0, run_rows, per_part):
-            count = min(per_part, run_rows - start)
-            part = Part(
-                layout,
-                rows + start,
-                count,
-                cols,
-                device.buffer(4 * layout.quant_words(count, cols), f"{label}.quants"),
-                device.buffer(4 * layout.scale_words(count, cols), f"{label}.scales"),
-            )
-            await _fill(device, part, run, start, advance)
-            parts.append(part)
-        rows += run_rows
-    return Matrix(rows, cols, tuple(parts))
+
+    def __init__(self, device: Device, weights: Weights, advance: Advance, *, empty: bool = False) -> None:
+        self._device, self._weights, self._advance, self._empty = device, weights, advance, empty
+        self._identity = hashlib.sha256(f"{weights.config} {weights.quantization}".encode())
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of the shape, the quantisation and the norms, which no two trainings make the same."""
+        return self._identity.hexdigest()
+
+    async def norm(self, name: str, eps: float) -> Norm:
+        """Load a norm by its name in the table."""
+        weight = await self._weights.vector(name)
+        self._identity.update(weight.tobytes())
+        return Norm(weight, eps)
+
+    async def linear(self, *names: str, bias: str | None = None) -> Linear:
+        """Load matrices, stacked row upon row, by their names in the table; `bias` names that of all their rows."""
+        tensors = [self._weights.tensor(name) for name in names]
+        device, label = self._device, names[0].removesuffix(".weight")
+        parts: list[Part] = []
+        rows, cols = 0, tensors[0].shape[1]
+        for run in _runs(tensors):
+            layout, run_rows = run[0].layout, sum(tensor.shape[0] for tensor in run)
+            per_part = _rows_per_part(device, layout, cols)
+            for start in range(0, run_rows, per_part):
+                count = min(per_part, run_rows - start)
+                part = Part(
+                    layout,
+                    rows + start,
+                    count,
+                    cols,
+                    device.buffer(4 * layout.quant_words(count, cols), f"{label}.quants"),
+                    device.buffer(4 * layout.scale_words(count, cols), f"{label}.scales"),
+                )
+                if not self._empty:
+                    await self._fill(part, run, start)
+                parts.append(part)
+            rows += run_rows
+        self._weights.release()
+        vector = None if bias is None else device.upload(await self._weights.vector(bias), bias)
+        return Linear(rows, cols, tuple(parts), vector)
+
+    async def _fill(self, part: Part, run: Sequence[Tensor], start: int) -> None:
+        """Write rows [start, start + part.rows) of the tensors of `run` into the buffers of `part`."""
+        device, layout, cols = self._device, part.layout, part.cols
+        per_transfer = max(_TRANSFER // (4 * layout.quant_words(_ROWS, cols)), 1) * _ROWS
+        tensor_start = 0
+        for tensor in run:
+            begin, end = max(start, tensor_start), min(start + part.rows, tensor_start + tensor.shape[0])
+            for row in range(begin, end, per_transfer):
+                last = min(row + per_transfer, end)
+                async for first, quants, scales in tensor.words(row - tensor_start, last - tensor_start):
+                    row_of_part = tensor_start + first - start
+                    device.put(part.quants, quants, 4 * layout.quant_words(row_of_part, cols))
+                    device.put(part.scales, scales, 4 * layout.scale_words(row_of_part, cols))
+                    self._advance(quants.nbytes + scales.nbytes)
+                await device.read(part.quants, 0, 4)  # waits until it has arrived: a transfer takes up memory twice
+            tensor_start += tensor.shape[0]
 
 
-def _runs(tensors: Sequence[Source]) -> Iterator[list[Source]]:
-    """Neighbours that can share their arrays: of one layout, and beginning at whole words."""
+def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield neighbours that can share their arrays, since they have one layout and begin at whole words."""
     for _, group in groupby(tensors, lambda tensor: tensor.layout):
-        run: list[Source] = []
+        run: list[Tensor] = []
         for tensor in group:
             if run and run[-1].shape[0] * (tensor.shape[1] // BLOCK) % 2:
                 yield run
@@ -74,24 +99,7 @@ def _runs(tensors: Sequence[Source]) -> Iterator[list[Source]]:
 
 
 def _rows_per_part(device: Device, layout: Layout, cols: int) -> int:
+    """Return the rows that a buffer and a binding of the device can hold."""
     limit = min(device.limits.max_storage_buffer_binding_size, device.limits.max_buffer_size)
     bytes_of_rows = 4 * max(layout.quant_words(_ROWS, cols), layout.scale_words(_ROWS, cols))
     return max(limit // bytes_of_rows, 1) * _ROWS
-
-
-async def _fill(device: Device, part: Part, run: Sequence[Source], start: int, advance: Advance) -> None:
-    """Rows [start, start + part.rows) of the tensors of `run` into the buffers of `part`."""
-    layout, cols = part.layout, part.cols
-    per_transfer = max(_TRANSFER // (4 * layout.quant_words(_ROWS, cols)), 1) * _ROWS
-    tensor_start = 0
-    for tensor in run:
-        begin, end = max(start, tensor_start), min(start + part.rows, tensor_start + tensor.shape[0])
-        for row in range(begin, end, per_transfer):
-            last = min(row + per_transfer, end)
-            async for first, quants, scales in tensor.words(row - tensor_start, last - tensor_start):
-                row_of_part = tensor_start + first - start
-                device.put(part.quants, quants, 4 * layout.quant_words(row_of_part, cols))
-                device.put(part.scales, scales, 4 * layout.scale_words(row_of_part, cols))
-                advance(quants.nbytes + scales.nbytes)
-            await device.read(part.quants, 0, 4)  # until it has arrived: transfers under way take up memory twice
-        tensor_start += tensor.shape[0]
