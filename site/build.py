@@ -1,7 +1,7 @@
 """Build the site: JupyterLite with Pyodide, this package, the notebooks and a model, as plain files in site/_output.
 
-The folder can be served from anywhere, at any path. Nothing in it asks for anything outside of it, unless it is built
-with --pyodide, which leaves Pyodide and its packages at that address.
+Any server can serve the folder, at any path. Nothing in it asks for anything outside of it, unless it is built with
+--pyodide, which leaves Pyodide and its packages at that address.
 """
 
 from __future__ import annotations
@@ -28,24 +28,29 @@ from packaging.utils import canonicalize_name
 
 from gemma_wgpu.bench.run import model_hash
 from gemma_wgpu.fetch.hub import find
-from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import convert
+from gemma_wgpu.weights.opening import open_checkpoint
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 CACHE = ROOT / "build"
 LOCK = "pyodide-lock.json"
-KERNEL = Path(LAB_EXTENSIONS, PYODIDE_KERNEL_NPM_NAME, "static")  # where the kernel's worker and its own wheels are
-# Fetched while Pyodide starts, not one after the other once it has.
+KERNEL = Path(LAB_EXTENSIONS, PYODIDE_KERNEL_NPM_NAME, "static")  # the kernel's worker and its own wheels are there
+# The browser fetches these while Pyodide starts, rather than one after the other once it has started.
 PREFETCHED = ["micropip", "piplite", "ipykernel", "comm", "pyodide-kernel", "jedi", "ipython", "ipywidgets"]
 ICON = '<link rel="icon" href="../lab/favicon.ico">'
 IN_PYODIDE = {"sys_platform": "emscripten", "platform_system": "Emscripten", "python_version": "3.14", "extra": ""}
 
 
 @click.command(help=__doc__)
-@click.option("--model", default="demo", show_default=True, help="To go with the site, as 'demo'; 'none' for none.")
-@click.option("--pyodide", metavar="URL", help=f"Of a Pyodide distribution, or 'official' for {PYODIDE_CDN_URL}.")
-@click.option("--output", type=click.Path(path_type=Path), default=HERE / "_output", help="[default: site/_output]")
+@click.option("--model", default="demo", show_default=True, help="Add this model as 'demo'; 'none' adds none.")
+@click.option("--pyodide", metavar="URL", help=f"Use the Pyodide at this address; 'official' is {PYODIDE_CDN_URL}.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=HERE / "_output",
+    help="Write the site to this folder.  [default: site/_output]",
+)
 def main(model: str, pyodide: str | None, output: Path) -> None:  # noqa: D103
     output = output.resolve()
     shutil.rmtree(output, ignore_errors=True)
@@ -60,7 +65,7 @@ def main(model: str, pyodide: str | None, output: Path) -> None:  # noqa: D103
     shutil.copy(HERE / "index.html", output)
     for app in output.glob("*/index.html"):
         html = app.read_text(encoding="utf-8")
-        # JupyterLite names its icon late, when the browser has asked the host for one already.
+        # JupyterLite names its icon only after the browser has asked the host for one.
         app.write_text(html.replace("<head>", f"<head>{ICON}", 1), encoding="utf-8")
     (output / ".nojekyll").touch()  # GitHub Pages is to serve the files as they are
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
@@ -68,7 +73,7 @@ def main(model: str, pyodide: str | None, output: Path) -> None:  # noqa: D103
 
 
 def add_python(output: Path, distribution: str | None) -> None:
-    """Pyodide, unless it stays at the URL `distribution`; the wheels, and a lock that knows where all of it is."""
+    """Add Pyodide, unless it stays at the URL `distribution`, the wheels, and a lock that says where all of it is."""
     folder = output / "static" / "pyodide"
     folder.mkdir(parents=True)
     if distribution:
@@ -100,7 +105,7 @@ def add_python(output: Path, distribution: str | None) -> None:
     settings["loadPyodideOptions"] = {
         "lockFileURL": f"./static/pyodide/{LOCK}",
         "packages": PREFETCHED,
-        # An address is relative to the script of the kernel's worker.
+        # This address is relative to the script of the kernel's worker.
         "env": {"GEMMA_WGPU_DEMO": Path(os.path.relpath("models/demo", KERNEL)).as_posix()},
     }
     (output / "jupyter-lite.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
@@ -116,7 +121,7 @@ def add_wheels(lock: dict[str, Any], wheels: Iterable[Path], folder: Path) -> No
 
 
 def entry(wheel: Path, folder: Path) -> dict[str, Any]:
-    """What a lock says of a wheel."""
+    """Return what a lock says of a wheel."""
     with ZipFile(wheel) as archive:
         files = archive.namelist()
         metadata = next(file for file in files if file.count("/") == 1 and file.endswith(".dist-info/METADATA"))
@@ -137,22 +142,22 @@ def entry(wheel: Path, folder: Path) -> dict[str, Any]:
 
 
 def add_model(folder: Path, model: str) -> dict[str, str]:
-    """`model` as a model folder, its matrices as they are. Returns the SHA-256 of the folder and of what it was."""
+    """Add `model` as a model folder, with its matrices as they are. Returns its SHA-256, and that of the original."""
     kept = CACHE / "model"
-    source = CACHE / "model.source"
+    made_of = CACHE / "model.original"
     path = find(model)
     stamp = f"{path.resolve()} {path.stat().st_mtime_ns}"
-    if not source.is_file() or source.read_text() != stamp:
+    if not made_of.is_file() or made_of.read_text() != stamp:
         with open_checkpoint(path) as checkpoint:
             convert(checkpoint, kept, quant="keep", force=True)
-        source.write_text(stamp)
+        made_of.write_text(stamp)
     shutil.copytree(kept, folder, copy_function=link)
     with open_checkpoint(path) as original, open_checkpoint(kept) as ours:
         return {model_hash(ours.files): model_hash(original.files)}
 
 
 def add_bench(output: Path, distribution: str | None, identity: dict[str, str]) -> None:
-    """The benchmark page. It knows the reference of the site's model by what that was made of."""
+    """Add the benchmark page, with the reference of the site's model; `identity` is what `add_model` returned."""
     folder = output / "bench"
     shutil.copytree(HERE / "bench", folder, ignore=shutil.ignore_patterns("references.json", "__pycache__"))
     chart = CACHE / "chart"
@@ -170,7 +175,7 @@ def add_bench(output: Path, distribution: str | None, identity: dict[str, str]) 
 
 
 def commit() -> str:
-    """That of the sources, where git knows it."""
+    """Return the commit of the sources, if git knows it."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
     )
@@ -178,7 +183,7 @@ def commit() -> str:
 
 
 def link(source: str, target: str) -> None:
-    """Copy a file, or let its content have a second name where that can be."""
+    """Give a file a second name, or copy it if that cannot be."""
     try:
         os.link(source, target)
     except OSError:
@@ -186,7 +191,7 @@ def link(source: str, target: str) -> None:
 
 
 def run(*command: str, cwd: Path | None = None) -> None:
-    """Run a command; what it says is shown where it fails."""
+    """Run a command. Raises SystemExit with what it says if it fails."""
     result = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         raise SystemExit(f"{result.stdout}\nsite: {' '.join(command)} failed with code {result.returncode}")

@@ -1,95 +1,103 @@
-"""Requests of a file, and their results in another one, where each is once however often the run was ended."""
+"""Batch files: requests in lines of JSON, and their results in lines of another file.
+
+Each result is there once, however often the run was ended.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import click
+
 from gemma_wgpu.engine import structured
-from gemma_wgpu.engine.generation import Generation
-from gemma_wgpu.engine.request import Text
-from gemma_wgpu.errors import RequestError
-from gemma_wgpu.files import lock
+from gemma_wgpu.engine.request import Request
+from gemma_wgpu.errors import DeviceError, GemmaError, RequestError
+from gemma_wgpu.files import lock, reason, sync
 from gemma_wgpu.gemma import Gemma
+from gemma_wgpu.options import RANGES, Options
+
+STANDARD = "-"  # the name of the standard input or output
 
 Result = dict[str, object]
 
-_OPTIONS = {
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "response_format",
-}
+_FIELDS = {*RANGES, "stop", "response_format"}
 
 
 @dataclass(frozen=True)
-class Request:
-    """A line of the input: its name, "prompt" or "messages" with what it says, and options of `Gemma.generate`."""
+class Line:
+    """A line of the input.
+
+    - custom_id: its name, which no other line has.
+    - kind: "prompt" or "messages". content: what the line gives under this name.
+    - fields: those of Options, as the line or else the command gives them, and response_format.
+    """
 
     custom_id: str
     kind: str
     content: Any
-    options: Mapping[str, Any]
+    fields: Mapping[str, Any]
 
     def id(self, gemma: Gemma) -> str:
-        """Tells apart all requests to all models that may get another answer."""
+        """Return what tells it apart from all lines, and all models, that may give another result."""
         model = [gemma.fingerprint, gemma.precision, gemma.activations, gemma.context_length]
-        request = [self.custom_id, self.kind, self.content, self.options]
-        return hashlib.sha256(json.dumps([model, request], sort_keys=True).encode()).hexdigest()[:32]
+        asked = [self.custom_id, self.kind, self.content, self.fields]
+        return hashlib.sha256(json.dumps([model, asked], sort_keys=True).encode()).hexdigest()[:32]
 
-    def text(self, gemma: Gemma) -> Text:
-        """The text that is to be generated. Raises RequestError."""
+    def request(self, gemma: Gemma) -> Request:
+        """Return the text that it asks for. Raises RequestError if it asks for something impossible."""
         if isinstance(self.content, list) and any(isinstance(each, str | list) for each in self.content):
-            raise RequestError(f"the {self.kind} of a line are one; give each of several a line of its own")
-        method = gemma.chat if self.kind == "messages" else gemma.generate
-        options = dict(self.options)
-        if form := options.pop("response_format", None):
-            options["constraint"] = structured.from_response_format(form)
-        generation: Generation = method(self.content, **options)
-        return generation.draft
+            several = "chats" if self.kind == "messages" else "prompts"
+            raise RequestError(f"this line has several {several}; give each of them a line of its own")
+        fields = dict(self.fields)
+        form = fields.pop("response_format", None)
+        options = Options(**fields, constraint=structured.from_response_format(form) if form else None)
+        if self.kind == "messages":
+            return gemma.request(gemma.chat_ids(self.content), options)
+        return gemma.request(self.content, options)
 
 
-def read_requests(path: Path, options: Mapping[str, Any], seed: int) -> list[Request]:
-    """The requests of a file of JSON lines. Raises RequestError naming the line that is none.
+def read_lines(name: str, fields: Mapping[str, Any], seed: int) -> list[Line]:
+    """Read the file `name`, or the standard input if it is "-". Empty lines are skipped.
 
-    `options` are for those that do not say; nor need they say a seed, which is `seed` for the first one and one more
-    for each that follows.
+    `fields` are those of Options for the lines that do not give them. The seed of the first line is `seed`, and that
+    of each other line is one more than the seed of the line above it. Raises RequestError for a file that cannot be
+    read, and for a line that is no request.
     """
-    requests: list[Request] = []
-    lines: dict[str, int] = {}
+    where = "standard input" if name == STANDARD else name
+    lines: list[Line] = []
+    numbers: dict[str, int] = {}
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
+        with click.open_file(name, encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                if not text.strip():
                     continue
-                own = {**options, "seed": (seed + len(requests)) % (1 << 32)}
-                request = _parsed(line, f"{path}: line {number}", own)
-                if before := lines.get(request.custom_id):
+                own = {**fields, "seed": (seed + len(lines)) % (1 << 32)}
+                line = _parsed(text, f"{where}: line {number}", own)
+                if before := numbers.get(line.custom_id):
                     raise RequestError(
-                        f"{path}: line {number} has the custom_id {request.custom_id!r} of line {before}; "
-                        "each must have its own"
+                        f"{where}: line {number} has the custom_id {line.custom_id!r} of line {before}; "
+                        "give each line its own"
                     )
-                lines[request.custom_id] = number
-                requests.append(request)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from error
-    return requests
+                numbers[line.custom_id] = number
+                lines.append(line)
+    except OSError as error:
+        raise RequestError(f"{where}: cannot be read: {reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{where}: cannot be read: it is not UTF-8 text ({error.reason})") from error
+    return lines
 
 
-def _parsed(line: str, where: str, options: Mapping[str, Any]) -> Request:
+def _parsed(text: str, where: str, defaults: Mapping[str, Any]) -> Line:
     try:
-        fields = json.loads(line)
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{where} is not JSON: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("custom_id"), str):
@@ -98,49 +106,117 @@ def _parsed(line: str, where: str, options: Mapping[str, Any]) -> Request:
     if len(kinds) != 1:
         raise RequestError(f'{where} has {" and ".join(kinds) or "neither"}; give it a "prompt" or "messages"')
     custom_id, content = fields.pop("custom_id"), fields.pop(kinds[0])
-    if unknown := sorted(fields.keys() - _OPTIONS):
-        raise RequestError(f"{where} has an option {unknown[0]!r}; there are {', '.join(sorted(_OPTIONS))}")
-    return Request(custom_id, kinds[0], content, {**options, **fields})
+    if unknown := sorted(fields.keys() - _FIELDS):
+        raise RequestError(f"{where} has an option {unknown[0]!r}; the options are {', '.join(sorted(_FIELDS))}")
+    return Line(custom_id, kinds[0], content, {**defaults, **fields})
 
 
-def answers(gemma: Gemma, requests: Iterable[Request], batch_size: int) -> Iterator[Result]:
-    """The result of each request as it is done: its text, or why it was refused; `batch_size` go side by side."""
-    scheduler, waiting = gemma.scheduler(batch_size), iter(requests)
-    running: dict[Text, Request] = {}
-    while True:
-        while len(running) < batch_size and (request := next(waiting, None)):
-            try:
-                text = request.text(gemma)
-            except RequestError as error:
-                yield {"id": request.id(gemma), "custom_id": request.custom_id, "error": str(error)}
-            else:
-                running[text] = request
-                scheduler.add(text)
-        if not running:
-            return
-        gemma.device.wait(scheduler.step())
-        for text in [text for text in running if text.stats.finish_reason]:
-            request = running.pop(text)
-            yield {
-                "id": request.id(gemma),
-                "custom_id": request.custom_id,
-                "text": text.text,
-                "seed": text.sampling.seed,
-                "prompt_tokens": text.stats.prompt_tokens,
-                "new_tokens": text.stats.new_tokens,
-                "finish_reason": text.stats.finish_reason,
-            }
+def answers(gemma: Gemma, lines: Iterable[Line], batch_size: int) -> Iterator[Result]:
+    """Yield the result of each line as it is done: its text, or why there is none.
+
+    `batch_size` texts are generated side by side. Raises DeviceError if the GPU fails, which is no line's fault.
+    """
+    scheduler, waiting = gemma.scheduler, iter(lines)
+    scheduler.reserve(batch_size)
+    running: dict[Request, Line] = {}
+    try:
+        while True:
+            while len(running) < batch_size and (line := next(waiting, None)):
+                try:
+                    request = line.request(gemma)
+                except RequestError as error:
+                    yield _failure(gemma, line, error)
+                else:
+                    running[request] = line
+                    scheduler.add(request)
+            if not running:
+                return
+            gemma.device.wait(scheduler.advance())
+            for request in list(running):
+                request.pieces.clear()  # they are in its text, too
+                if not request.ended:
+                    continue
+                line = running.pop(request)
+                if isinstance(request.error, DeviceError):
+                    raise request.error
+                yield _failure(gemma, line, request.error) if request.error else _success(gemma, line, request)
+    finally:
+        for request in running:
+            scheduler.remove(request)
 
 
-class Results:
-    """The file with the results. As a context manager it is this process's alone, without a line that was torn.
+def _success(gemma: Gemma, line: Line, request: Request) -> Result:
+    return {
+        "id": line.id(gemma),
+        "custom_id": line.custom_id,
+        "text": request.text,
+        "seed": request.seed,
+        "prompt_tokens": request.stats.prompt_tokens,
+        "new_tokens": request.stats.new_tokens,
+        "finish_reason": request.stats.finish_reason,
+    }
 
-    Raises RequestError where the file cannot be written, or another process writes it.
+
+def _failure(gemma: Gemma, line: Line, error: Exception) -> Result:
+    message = str(error) if isinstance(error, GemmaError) else f"{type(error).__name__}: {error}"
+    return {"id": line.id(gemma), "custom_id": line.custom_id, "error": message}
+
+
+def _encoded(result: Result) -> bytes:
+    """Return a result as a line. Half a character, which UTF-8 cannot write, is written as JSON does it."""
+    return (json.dumps(result, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+class Results(ABC):
+    """The place for the results. It is a context manager. `failed` counts the lines that have an error."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    @abstractmethod
+    def missing(self, gemma: Gemma, lines: Sequence[Line]) -> list[Line]:
+        """Return the lines whose results are not there. Raises RequestError if other things are there."""
+
+    @abstractmethod
+    def append(self, result: Result) -> None:
+        """Write a result. Raises RequestError if that fails."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None:
+        """Let go of the place."""
+
+
+class PrintedResults(Results):
+    """The standard output, on which there is no result before."""
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing: the standard output stays open."""
+
+    def missing(self, gemma: Gemma, lines: Sequence[Line]) -> list[Line]:
+        """Return all lines."""
+        return list(lines)
+
+    def append(self, result: Result) -> None:
+        """Print a result. Raises OSError if the standard output cannot be written."""
+        self.failed += "error" in result
+        click.echo(_encoded(result), nl=False)
+
+
+class ResultFile(Results):
+    """The file with the results. Inside of `with`, no other process can write it.
+
+    Raises RequestError if it cannot be written, and if another process writes it. It is not changed before it is
+    known that all of it was written by an earlier run for the same lines.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._path = path
-        self._lines: dict[str, int] = {}  # that are there, by the id of their request
+        self._lines: dict[str, int] = {}  # the ids of the results that are there, and their lines
+        self._torn = 0, b""  # the number of a line that was not written to its end, and what there is of it
 
     def __enter__(self) -> Self:
         with self._writing(), ExitStack() as stack:
@@ -155,35 +231,47 @@ class Results:
         self._closing.close()
 
     def _read(self) -> None:
-        end = 0
         for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):  # a run was ended while it wrote it
-                self._file.truncate(end)
+            if not line.endswith(b"\n"):
+                self._torn = number, line
                 return
-            end += len(line)
             try:
-                self._lines[json.loads(line)["id"]] = number
-            except (ValueError, KeyError, TypeError):
-                raise RequestError(f"{self._path}: line {number} is no result; name another output file") from None
+                result = json.loads(line)
+                self._lines[result["id"]] = number
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise self._foreign(number) from None
+            self.failed += "error" in result
 
-    def missing(self, gemma: Gemma, requests: Iterable[Request]) -> list[Request]:
-        """The requests whose results are not there. Raises RequestError where one is there that is of no request."""
-        by_id = {request.id(gemma): request for request in requests}
+    def missing(self, gemma: Gemma, lines: Sequence[Line]) -> list[Line]:
+        """Return the lines whose results are not there, and remove a result that was not written to its end.
+
+        Raises RequestError for a file with anything else than results of these lines.
+        """
+        by_id = {line.id(gemma): line for line in lines}
         for id_, number in self._lines.items():
             if id_ not in by_id:
                 raise RequestError(
                     f"{self._path}: line {number} is of another input, model, or options than this run's; "
                     "name another output file, or delete this one"
                 )
-        return [request for id_, request in by_id.items() if id_ not in self._lines]
+        number, torn = self._torn
+        if torn:
+            beginnings = (_encoded({"id": id_, "custom_id": line.custom_id})[:-2] for id_, line in by_id.items())
+            if not any(torn.startswith(each) or each.startswith(torn) for each in beginnings):
+                raise self._foreign(number)
+            with self._writing():
+                self._file.truncate(self._file.seek(0, os.SEEK_END) - len(torn))
+        return [line for id_, line in by_id.items() if id_ not in self._lines]
 
     def append(self, result: Result) -> None:
-        """Write a result, so that it is on the disk. Raises RequestError."""
-        line = json.dumps(result, ensure_ascii=False) + "\n"
+        """Write a result, so that it is on the disk. Raises RequestError if that fails."""
+        self.failed += "error" in result
         with self._writing():
-            self._file.write(line.encode(errors="backslashreplace"))  # half a character is then as JSON writes it
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.write(_encoded(result))
+            sync(self._file)
+
+    def _foreign(self, number: int) -> RequestError:
+        return RequestError(f"{self._path}: line {number} is no result; name another output file")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -191,5 +279,11 @@ class Results:
             yield
         except OSError as error:
             raise RequestError(
-                f"{self._path}: cannot be written: {error.strerror or error}; what is in it is kept, and gone on with"
+                f"{self._path}: cannot be written: {reason(error)}; the results in it are kept, and the same command "
+                "goes on from there"
             ) from error
+
+
+def open_results(name: str) -> Results:
+    """Return the place for results: the file `name`, or the standard output if it is "-"."""
+    return PrintedResults() if name == STANDARD else ResultFile(Path(name))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -16,7 +17,7 @@ import click
 from tqdm import tqdm
 
 import gemma_wgpu
-from gemma_wgpu.apps.batch_file import Results, answers, read_requests
+from gemma_wgpu.apps.batch_file import STANDARD, answers, open_results, read_lines
 from gemma_wgpu.apps.conversation import Conversation
 from gemma_wgpu.bench import tables
 from gemma_wgpu.bench.evaluate import evaluate as evaluate_text
@@ -25,26 +26,45 @@ from gemma_wgpu.bench.run import Load, Report, Shape, check_context, evict, mode
 from gemma_wgpu.bench.run import bench as run_bench
 from gemma_wgpu.engine import structured
 from gemma_wgpu.engine.generation import Generation
-from gemma_wgpu.engine.model import expected_bytes
-from gemma_wgpu.engine.sampling import Sampling
 from gemma_wgpu.errors import DeviceError, GemmaError, RequestError
 from gemma_wgpu.fetch.hub import find
-from gemma_wgpu.gemma import ACTIVATIONS, PRECISIONS, checked_context_length
+from gemma_wgpu.files import is_full, reason
+from gemma_wgpu.gemma import ACTIVATIONS, MOST_SIDE_BY_SIDE, PRECISIONS, checked_context_length, expected_bytes
 from gemma_wgpu.gpu.native import native_adapters
-from gemma_wgpu.ops.kernels import usual_tuning
-from gemma_wgpu.ops.tuning import chosen
-from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.ops.tuner import chosen
+from gemma_wgpu.ops.tuning import usual_tuning
+from gemma_wgpu.options import RANGES, Constraint, Options
+from gemma_wgpu.progress import OnProgress, Progress
 from gemma_wgpu.weights.convert import Quant
 from gemma_wgpu.weights.convert import convert as write_folder
+from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.summary import LayoutUse, summarize
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Group(click.Group):
-    """Turns this package's errors into one line on stderr and exit code 1, an interrupt into exit code 130."""
+    """Ends a command that fails by one line on the standard error and exit status 1.
+
+    This is so for the errors of this package and for a standard output that cannot be written. An interrupt ends it
+    with exit status 130, and a pipe that was closed with 1; both are quiet.
+    """
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command, and leave Python."""
+        if sys.stdin is None:  # it was closed before
+            sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if not _is_of_output(error):
+                raise
+            _drop_output()
+            click.ClickException(f"the standard output cannot be written: {reason(error)}").show()
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run what was asked for."""
         try:
             return super().invoke(ctx)
         except GemmaError as error:
@@ -53,29 +73,51 @@ class _Group(click.Group):
             sys.exit(130)
 
 
+def _is_of_output(error: OSError) -> bool:
+    """Say whether an error is the standard output's: what it holds cannot be written now either."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return error.filename is None and is_full(error)  # without a buffer, the output holds nothing
+
+
+def _drop_output() -> None:
+    """Write what the standard output still holds to nowhere, so that Python does not fail by it at its end."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gemma-wgpu")
 def main() -> None:
     """Run Gemma 3 on any GPU."""
 
 
+_precision_option = click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="Compute in this precision."
+)
+_activations_option = click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default="float",
+    show_default=True,
+    help="Compute prompts in this form if the weights have 4 or 8 bits.",
+)
+
+
 def _model_options(command: F) -> F:
+    """Add the options that say which model is loaded, and how."""
     for option in (
+        _precision_option,
+        _activations_option,
         click.option(
-            "--precision",
-            type=click.Choice(PRECISIONS),
-            default="auto",
-            help="Precision of the arithmetic.",
-            show_default=True,
+            "--context-length",
+            type=int,
+            help="Let prompt and text have so many tokens together.  [default: 4096, or less if the model has less]",
         ),
-        click.option(
-            "--activations",
-            type=click.Choice(ACTIVATIONS),
-            default="float",
-            help="Of prompts, where the weights are of 4 or 8 bits.",
-            show_default=True,
-        ),
-        click.option("--context-length", type=int, help="Tokens of prompt and text together.  [default: 4096]"),
         click.option(
             "--model",
             default="demo",
@@ -87,71 +129,54 @@ def _model_options(command: F) -> F:
     return command
 
 
-def _sampling_options(command: F) -> F:
-    for option in reversed(
-        (
-            click.option(
-                "--max-new-tokens", type=int, help="Stop after so many tokens.  [default: until the context is full]"
-            ),
-            click.option(
-                "--temperature",
-                type=float,
-                default=1.0,
-                show_default=True,
-                help="0 takes the likeliest token always.",
-            ),
-            click.option(
-                "--top-k", type=int, default=64, show_default=True, help="Draw from the k likeliest tokens; 0 is off."
-            ),
-            click.option(
-                "--top-p",
-                type=float,
-                default=0.95,
-                show_default=True,
-                help="Draw from the likeliest that make up p; 1 is off.",
-            ),
-            click.option(
-                "--min-p",
-                type=float,
-                default=0.0,
-                show_default=True,
-                help="Draw from those p times as likely as the likeliest.",
-            ),
-            click.option(
-                "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: fewer repetitions."
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+_UNSET = {"max_new_tokens": "the text may fill the context", "seed": "random"}
+
+
+def _sampling_options(*without: str) -> Callable[[F], F]:
+    """Add an option for each number in Options, but for those that are named."""
+    defaults = {field.name: field.default for field in fields(Options)}
+
+    def add(command: F) -> F:
+        for name, range_ in reversed(RANGES.items()):
+            if name not in without:
+                command = click.option(
+                    f"--{name.replace('_', '-')}",
+                    type=int if range_.whole else float,
+                    default=defaults[name],
+                    show_default=_UNSET.get(name, True),
+                    help=range_.help,
+                )(command)
+        return command
+
+    return add
 
 
 _batch_size_option = click.option(
     "--batch-size",
-    type=click.IntRange(1, 256),
+    type=click.IntRange(1, MOST_SIDE_BY_SIDE),
     default=8,
     show_default=True,
-    help="Texts that are generated at once; each takes memory for a cache.",
+    help="Generate so many texts at once; each takes memory for a cache.",
 )
-_seed_option = click.option("--seed", type=int, help="The same seed gives the same text.  [default: random]")
 
 
 @main.command()
 @click.argument("prompt")
 @_model_options
-@click.option("--chat", is_flag=True, help="Take the prompt as a message to an instruction-tuned model.")
-@_sampling_options
-@_seed_option
-@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. May be repeated.")
+@click.option("--chat", is_flag=True, help="Send the prompt as a message to an instruction-tuned model.")
+@_sampling_options()
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. This may be repeated.")
 @click.option(
     "--json-schema",
     "schema",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The text is to be JSON that is valid by the schema in this file.",
+    help="Generate JSON that is valid by the schema in this file.",
 )
-@click.option("--regex", metavar="PATTERN", help="The text is to match this regular expression.")
-@click.option("--choice", "choices", multiple=True, metavar="TEXT", help="The text is to be one of these. Repeated.")
-@click.option("--quiet", "-q", is_flag=True, help="The text only: no progress bar, no figures.")
+@click.option("--regex", metavar="PATTERN", help="Generate a text that matches this regular expression.")
+@click.option(
+    "--choice", "choices", multiple=True, metavar="TEXT", help="Generate this text or another --choice. Repeat it."
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print the text only: no progress bar, no figures.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print text, token ids and figures as a line of JSON at the end."
 )
@@ -167,16 +192,15 @@ def generate(
     choices: tuple[str, ...],
     quiet: bool,
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
-    """Continue PROMPT; "-" reads it from the standard input."""
-    options["constraint"] = _constraint(schema, regex, choices)
-    Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # what is amiss, before a long load
-    if prompt == "-":
+    """Continue PROMPT. If PROMPT is "-", read it from the standard input."""
+    options = Options(**given, constraint=_constraint(schema, regex, choices))  # it raises before a long load
+    if prompt == STANDARD:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         prompt = sys.stdin.read().removesuffix("\n")
     with _load(model, precision, activations, context_length, quiet=quiet) as gemma:
-        generation = gemma.chat(prompt, **options) if chat else gemma.generate(prompt, **options)
+        generation = gemma.chat(prompt, options=options) if chat else gemma.generate(prompt, options=options)
         if not (chat or as_json):
             click.echo(prompt, nl=False)
         try:
@@ -186,7 +210,7 @@ def generate(
         except KeyboardInterrupt:
             generation.stats.finish_reason = "interrupted"
         if as_json:
-            result = {"text": generation.text, "ids": generation.ids, "seed": generation.sampling.seed}
+            result = {"text": generation.text, "ids": generation.ids, "seed": generation.seed}
             click.echo(json.dumps(result | asdict(generation.stats), ensure_ascii=False))
         else:
             click.echo()
@@ -198,17 +222,16 @@ def generate(
 
 @main.command()
 @_model_options
-@click.option("--system", "-p", default="", metavar="TEXT", help="How the model is to behave.")
+@click.option("--system", "-p", default="", metavar="TEXT", help="Say how the model is to behave.")
 @click.option(
     "--file",
     "-f",
     "files",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A text to put in front of the first message. May be repeated.",
+    help="Put the text of this file in front of the first message. This may be repeated.",
 )
-@_sampling_options
-@_seed_option
+@_sampling_options()
 def chat(
     model: str,
     precision: str,
@@ -216,70 +239,86 @@ def chat(
     context_length: int | None,
     system: str,
     files: tuple[Path, ...],
-    **options: Any,
+    **given: Any,
 ) -> None:
-    """Talk with an instruction-tuned model; /help there lists the commands."""
+    """Talk with an instruction-tuned model. In the chat, /help lists its commands."""
     try:
-        from gemma_wgpu.apps.terminal import Chat, Settings
+        from gemma_wgpu.apps.terminal import Chat
     except ImportError as error:
         raise click.ClickException(f"{error.name} is not installed; pip install 'gemma-wgpu[chat]'") from None
-    settings = Settings(**options)
+    options = Options(**given)
     with _load(model, precision, activations, context_length) as gemma:
-        Chat(gemma, Conversation(system), settings, files).run()
+        Chat(gemma, Conversation(system), options, files).run()
 
 
 @main.command()
-@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.argument("out", type=click.Path(dir_okay=False, allow_dash=True))
 @_model_options
-@_sampling_options
+@_sampling_options("seed")
 @_batch_size_option
-@click.option("--seed", default=0, show_default=True, help="Of the first line; each has one more than that above it.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="The first line has this seed, and each other line one more than the line above it.",
+)
 def batch(
-    source: Path,
-    out: Path,
+    source: str,
+    out: str,
     model: str,
     precision: str,
     activations: str,
     context_length: int | None,
-    max_new_tokens: int | None,
     batch_size: int,
     seed: int,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Answer the requests of SOURCE, one a line, in OUT.
 
-    A line of SOURCE is a JSON object: a "custom_id", which is its own, a "prompt" to continue or the "messages" of a
-    chat, and options that Python's `generate` has, where they differ from those given here. Its line in OUT has the
-    same "custom_id", and a "text" or an "error". The same command goes on with what was interrupted or killed.
+    A line of SOURCE is a JSON object. It has a "custom_id", which no other line has, a "prompt" to continue or the
+    "messages" of a chat, and any options that Python's `generate` has, if they differ from those given here. Its line
+    in OUT has the same "custom_id", and a "text" or an "error".
+
+    If the command was interrupted or killed, the same command goes on with the lines that are missing in OUT. If
+    SOURCE is "-", it is the standard input. If OUT is "-", the results go to the standard output, and the next run
+    begins anew. The exit status is 1 if any line of OUT has an error.
     """
-    Sampling(**options, seed=seed)
-    requests = read_requests(source, {**options, "max_new_tokens": max_new_tokens}, seed)
-    with _load(model, precision, activations, context_length) as gemma, Results(out) as results:
-        waiting = results.missing(gemma, requests)
+    Options(**given, seed=seed)  # it raises before a long load
+    lines = read_lines(source, given, seed)
+    with open_results(out) as results, _load(model, precision, activations, context_length) as gemma:
+        missing = results.missing(gemma, lines)
         with tqdm(
             desc=f"Writing {out}",
-            total=len(requests),
-            initial=len(requests) - len(waiting),
+            total=len(lines),
+            initial=len(lines) - len(missing),
             unit=" results",
             leave=False,
-            disable=None,
+            disable=True if out == STANDARD else None,
         ) as bar:
-            for result in answers(gemma, waiting, batch_size):
+            for result in answers(gemma, missing, batch_size):
                 results.append(result)
                 bar.update()
-    click.secho(f"{len(requests)} results in {out}, {len(waiting)} of them new", err=True, dim=True)
+    place = "the standard output" if out == STANDARD else out
+    failed = f", {results.failed} of them errors" if results.failed else ""
+    click.secho(f"{len(lines)} results in {place}, {len(missing)} of them new{failed}", err=True, dim=True)
+    if results.failed:
+        sys.exit(1)
 
 
 @main.command()
 @_model_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 is on all networks.")
-@click.option("--port", default=8080, show_default=True, help="0 takes one that is free.")
-@click.option("--api-key", envvar="GEMMA_WGPU_API_KEY", show_envvar=True, help="What clients must send.")
-@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A web page's that may use it (CORS).")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Listen at this address; 0.0.0.0 is all networks."
+)
+@click.option("--port", default=8080, show_default=True, help="Listen at this port; 0 is one that is free.")
+@click.option("--api-key", envvar="GEMMA_WGPU_API_KEY", show_envvar=True, help="Refuse clients without this key.")
+@click.option(
+    "--allow-origin", "origins", multiple=True, metavar="URL", help="Let web pages from there use it, too (CORS)."
+)
 @_batch_size_option
-@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="Texts that may wait.")
-@click.option("--name", help="What clients are to call the model.  [default: as the model does]")
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="Let so many texts wait.")
+@click.option("--name", help="Let clients call the model by this name.  [default: the model's own]")
 def serve(
     model: str,
     precision: str,
@@ -293,20 +332,25 @@ def serve(
     queue: int,
     name: str | None,
 ) -> None:
-    """Serve a model to clients of OpenAI's API, and to a web page of its own."""
+    """Serve a model to clients of OpenAI's API, and to a web page of its own.
+
+    Ctrl-C ends it at once, with exit status 0. Clients whose texts are under way are told that the server stopped.
+    """
     try:
         from gemma_wgpu.apps.server import app
     except ImportError as error:
         raise click.ClickException(f"{error.name} is not installed; pip install 'gemma-wgpu[server]'") from None
     with closing(app.bind(host, port)) as bound, _load(model, precision, activations, context_length) as gemma:
-        bound.listen()  # before somebody reads where
+        app.listen(bound)  # before anybody reads where
         click.echo(f"{name or gemma.name} at {app.address(bound)} (Ctrl-C stops)")
         if not (app.is_local(bound) or api_key):
-            click.secho("Whoever reaches this address may use it; --api-key asks for a key.", err=True, fg="yellow")
+            click.secho(
+                "Anybody who reaches this address may use it; --api-key asks for a key.", err=True, fg="yellow"
+            )
         app.serve(gemma, bound, name=name, api_key=api_key, origins=origins, batch_size=batch_size, waiting=queue)
 
 
-def _constraint(schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> structured.Constraint | None:
+def _constraint(schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> Constraint | None:
     if (schema is not None) + (regex is not None) + bool(choices) > 1:
         raise click.UsageError("--json-schema, --regex and --choice exclude each other")
     if schema is not None:
@@ -322,46 +366,42 @@ def _constraint(schema: Path | None, regex: str | None, choices: tuple[str, ...]
 def _load(
     model: str, precision: str, activations: str, context_length: int | None, *, quiet: bool = False
 ) -> gemma_wgpu.Gemma:
-    with _bytes_bar(f"Loading {model}", quiet=quiet) as bar:
+    with _bar(model, quiet=quiet) as progress:
         return gemma_wgpu.load(
             model,
             precision=precision,
             activations=activations,
             context_length=context_length,
-            progress=_moving(bar),
+            progress=progress,
         )
 
 
-def _bytes_bar(title: str, *, quiet: bool = False) -> tqdm[Any]:
-    """A progress bar in bytes, where the standard error is a terminal."""
-    return tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=quiet or None)
+@contextmanager
+def _bar(subject: str = "", *, quiet: bool = False) -> Iterator[OnProgress]:
+    """Yield a function that shows Progress as a bar, if the standard error is a terminal.
 
+    The bar says what is done to `subject`.
+    """
+    with tqdm(leave=False, delay=0.1, disable=quiet or None) as bar:
 
-def _moving(bar: tqdm[Any]) -> Callable[[int, int], None]:
-    """What moves `bar` when it is told what is done, and of how much."""
+        def show(progress: Progress) -> None:
+            is_bytes = progress.unit == "bytes"
+            bar.unit, bar.unit_scale, bar.unit_divisor = (
+                ("B", True, 1024) if is_bytes else (f" {progress.unit}", False, 1000)
+            )
+            what = progress.what[:1].upper() + progress.what[1:]
+            bar.set_description(f"{what} {subject}".strip(), refresh=False)
+            bar.total = progress.total or None
+            bar.update(progress.done - bar.n)
 
-    def move(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return move
-
-
-def _stepping(bar: tqdm[Any]) -> Callable[[str, int, int], None]:
-    """What moves `bar` when it is told what begins, how much is done, and of how much."""
-
-    def step(what: str, done: int, total: int) -> None:
-        bar.set_description(what.capitalize(), refresh=False)
-        _moving(bar)(done, total)
-
-    return step
+        yield show
 
 
 def _report(gemma: gemma_wgpu.Gemma, generation: Generation) -> None:
     stats = generation.stats
     click.secho(
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ones at "
-        f"{stats.decode_tokens_per_second:.1f} a second ({stats.finish_reason}; seed {generation.sampling.seed}). "
+        f"{stats.decode_tokens_per_second:.1f} a second ({stats.finish_reason}; seed {generation.seed}). "
         f"{gemma.name} {gemma.quantization}, {gemma.precision}, {sum(gemma.gpu_bytes.values()) / 1e6:,.0f} MB on "
         f"{gemma.device.info}",
         err=True,
@@ -373,18 +413,24 @@ def _report(gemma: gemma_wgpu.Gemma, generation: Generation) -> None:
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--quant", type=click.Choice(get_args(Quant)), help="Of the matrices.  [default: int4; keep if quantised]"
+    "--quant",
+    type=click.Choice(get_args(Quant)),
+    help="Write the matrices in this form.  [default: int4, or keep if they are quantised]",
 )
-@click.option("--embedding", type=click.Choice(["int8", "int4"]), help="Of the embedding.  [default: int8 with int4]")
-@click.option("--shard-size", default="95MB", show_default=True, help="The largest file to write.")
-@click.option("--force", is_flag=True, help="Replace OUT where it is a model folder already.")
+@click.option(
+    "--embedding",
+    type=click.Choice(["int8", "int4"]),
+    help="Write the embedding in this form.  [default: int8 if the matrices are int4, else the same as they]",
+)
+@click.option("--shard-size", default="95MB", show_default=True, help="Write no file that is larger.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a model folder with nothing else in it.")
 def convert(source: str, out: Path, quant: Quant | None, embedding: Any, shard_size: str, force: bool) -> None:
     """Write the model SOURCE as the model folder OUT, quantised.
 
-    A model folder holds the very bytes that the GPU reads, in files small enough for static hosting. SOURCE is
-    whatever `generate` takes as --model.
+    A model folder holds the very bytes that the GPU reads, in files small enough for static hosting. SOURCE can be
+    all that --model of `generate` can be.
     """
-    with _bytes_bar(f"Converting {source}") as bar, open_checkpoint(find(source, _moving(bar))) as checkpoint:
+    with _bar(source) as progress, open_checkpoint(find(source, progress)) as checkpoint:
         write_folder(
             checkpoint,
             out,
@@ -392,51 +438,45 @@ def convert(source: str, out: Path, quant: Quant | None, embedding: Any, shard_s
             embedding=embedding,
             shard_size=_parse_bytes(shard_size),
             force=force,
-            progress=_moving(bar),
+            progress=progress,
         )
 
 
 @main.command()
 @click.argument("model")
-@click.option("--context-length", type=int, help="For the GPU memory that it would take.  [default: 4096]")
+@click.option("--context-length", type=int, help="Show the GPU memory for this context.  [default: 4096]")
 def inspect(model: str, context_length: int | None) -> None:
     """Show what the model MODEL is made of, and what it takes on this machine's GPU."""
-    with _bytes_bar(f"Loading {model}") as bar, open_checkpoint(find(model, _moving(bar))) as checkpoint:
-        summary = summarize(checkpoint)
-    config = summary.config
-    context_length = checked_context_length(context_length, config)
-    local = sum(not config.is_global(layer) for layer in range(config.num_hidden_layers))
-    _table(
-        f"{summary.name}, {summary.quantization}",
-        {
-            "parameters": f"{summary.parameters:,}",
-            "layers": f"{config.num_hidden_layers}, {local} of them with a window of {config.sliding_window}",
-            "sizes": f"hidden {config.hidden_size}, intermediate {config.intermediate_size}, "
-            f"vocabulary {config.vocab_size:,}",
-            "heads": f"{config.num_attention_heads} of {config.head_dim}, "
-            f"{config.num_key_value_heads} for keys and values",
-            "context": f"{config.max_position_embeddings:,} tokens",
-            "embedding": _layout_use(summary.embedding),
-            **{f"{use.tensors} matrices": _layout_use(use) for use in summary.matrices},
-            "in the file": f"{summary.file_bytes:,} bytes",
-            "on the GPU": f"{summary.nbytes:,} bytes, {summary.bits_per_weight:.2f} bits a weight "
-            "outside the embedding",
-        },
-    )
-    adapter = native_adapters()[0]
-    rows: dict[str, str] = {}
-    for precision in ("f16", "f32"):
-        if precision == "f16" and "shader-f16" not in adapter.features:
-            rows[precision] = "this GPU has no shader-f16"
-            continue
-        try:
-            sizes = expected_bytes(adapter, config, half=precision == "f16", context_length=context_length)
-        except DeviceError as error:
-            rows[precision] = f"does not fit: {error}"
-            continue
-        parts = {"weights": summary.nbytes, **sizes}
-        total = sum(parts.values())
-        rows[precision] = f"{total:,} bytes: " + ", ".join(f"{name} {size:,}" for name, size in parts.items())
+    with _bar(model) as progress:
+        path = find(model, progress)
+    with open_checkpoint(path) as checkpoint:
+        config, summary = checkpoint.config, summarize(checkpoint)
+        context_length = checked_context_length(context_length, config)
+        _table(
+            f"{summary.name}, {summary.quantization}",
+            {
+                "parameters": f"{summary.parameters:,}",
+                **config.summary(),
+                "embedding": _layout_use(summary.embedding),
+                **{f"{use.tensors} matrices": _layout_use(use) for use in summary.matrices},
+                "in the file": f"{summary.file_bytes:,} bytes",
+                "on the GPU": f"{summary.nbytes:,} bytes, {summary.bits_per_weight:.2f} bits a weight "
+                "outside the embedding",
+            },
+        )
+        adapter = native_adapters()[0]
+        rows: dict[str, str] = {}
+        for precision in ("f16", "f32"):
+            if precision == "f16" and "shader-f16" not in adapter.features:
+                rows[precision] = "this GPU has no shader-f16"
+                continue
+            try:
+                sizes = expected_bytes(adapter, checkpoint, half=precision == "f16", context_length=context_length)
+            except DeviceError as error:
+                rows[precision] = f"does not fit: {error}"
+                continue
+            total = sum(sizes.values())
+            rows[precision] = f"{total:,} bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     _table(f"On {adapter.info} at a context of {context_length}", rows)
 
 
@@ -447,13 +487,22 @@ def _layout_use(use: LayoutUse) -> str:
 @main.command()
 @click.argument("model")
 @click.option(
-    "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="The text to predict."
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="Predict the text in this file.",
 )
-@click.option("--against", help="Another model, to measure the distance from.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
-@click.option("--against-precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
-@click.option("--segment", type=int, default=512, show_default=True, help="Tokens that are predicted in one go.")
-@click.option("--max-tokens", type=int, help="Only the beginning of the text.  [default: all]")
+@click.option("--against", help="Measure the distance from this model.")
+@_precision_option
+@click.option(
+    "--against-precision",
+    type=click.Choice(PRECISIONS),
+    default="auto",
+    show_default=True,
+    help="Compute the model of --against in this precision.",
+)
+@click.option("--segment", type=int, default=512, show_default=True, help="Predict so many tokens in one go.")
+@click.option("--max-tokens", type=int, help="Predict so many tokens of the text only.  [default: all]")
 def evaluate(
     model: str,
     text: Path,
@@ -463,7 +512,7 @@ def evaluate(
     segment: int,
     max_tokens: int | None,
 ) -> None:
-    """Perplexity of MODEL on a text, and its distance from another model or precision on the same text."""
+    """Measure the perplexity of MODEL on a text, and its distance from another model or precision on the text."""
     try:
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -471,9 +520,9 @@ def evaluate(
     with ExitStack() as stack:
         judged = stack.enter_context(_load(model, precision, "float", segment))
         other = stack.enter_context(_load(against, against_precision, "float", segment)) if against else None
-        with tqdm(desc="Evaluating", unit=" tokens", leave=False, disable=None) as bar:
+        with _bar(model) as progress:
             result = evaluate_text(
-                judged, content, against=other, segment=segment, max_tokens=max_tokens, progress=_moving(bar)
+                judged, content, against=other, segment=segment, max_tokens=max_tokens, progress=progress
             )
         rows = {"tokens": f"{result.tokens:,}", "perplexity": f"{result.perplexity:.4f}"}
         if other:
@@ -489,14 +538,14 @@ def evaluate(
     "shapes",
     multiple=True,
     metavar="SHAPE",
-    help="pp512 (prefill), tg128 (decode), pp512+tg128, or litert, which is pp1024+tg256. May be repeated.  "
-    "[default: pp512 and tg128]",
+    help="Time pp512 (prefill), tg128 (decode), pp512+tg128, or litert, which is pp1024+tg256. This may be "
+    "repeated.  [default: pp512 and tg128]",
 )
-@click.option("--prefill", type=int, default=0, help="A shape of your own: tokens of the prompt.")
-@click.option("--decode", type=int, default=0, help="A shape of your own: tokens after it.")
-@click.option("--depth", default="0", show_default=True, help="Tokens in the cache before: 0,1k,4k,16k.")
+@click.option("--prefill", type=int, default=0, help="Time a shape of your own: so many tokens of a prompt.")
+@click.option("--decode", type=int, default=0, help="Time a shape of your own: so many tokens after it.")
+@click.option("--depth", default="0", show_default=True, help="Begin with so many tokens in the cache: 0,1k,4k,16k.")
 @click.option(
-    "--repetitions", "-r", type=int, default=5, show_default=True, help="Runs of each, after one to warm up."
+    "--repetitions", "-r", type=int, default=5, show_default=True, help="Run each so often, after once to warm up."
 )
 @click.option(
     "--format",
@@ -504,14 +553,16 @@ def evaluate(
     type=click.Choice(["md", "csv", "json"]),
     default="md",
     show_default=True,
-    help="Of the output; json has every run.",
+    help="Print in this format; json has every run.",
 )
-@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
-@click.option("--activations", type=click.Choice(ACTIVATIONS), default="float", show_default=True)
+@_precision_option
+@_activations_option
 @click.option("--peer", "peers", multiple=True, help=f"Measure another engine in turn: {', '.join(PEERS)}.")
-@click.option("--peer-model", help="What it is to run.  [default: MODEL]")
-@click.option("--threads", type=int, help="Of the CPU, for the peers.  [default: as they choose]")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw speed over depth and length.")
+@click.option("--peer-model", help="Let the peers run this model.  [default: MODEL]")
+@click.option("--threads", type=int, help="Let the peers use so many threads of the CPU.  [default: as they choose]")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw speed over depth and length into this file."
+)
 def bench(
     model: str,
     shapes: tuple[str, ...],
@@ -536,9 +587,9 @@ def bench(
             raise RequestError(f"there is no peer {peer!r}; choose from {', '.join(PEERS)}")
     if plot:
         tables.pyplot()
-    with _bytes_bar(f"Loading {model}") as bar:
-        path = find(model, _moving(bar))
-        peer_path = find(peer_model, _moving(bar)) if peer_model else path
+    with _bar(model) as progress:
+        path = find(model, progress)
+        peer_path = find(peer_model, progress) if peer_model else path
     with open_checkpoint(path) as checkpoint:
         files, config = checkpoint.files, checkpoint.config
     check_context(at, config.max_position_embeddings)
@@ -554,9 +605,9 @@ def bench(
             gemma.close()
     with gemma, ExitStack() as stack:
         engines = [stack.enter_context(closing(PEERS[peer](peer_path, longest + 1, threads))) for peer in peers]
-        with tqdm(unit=" steps", leave=False, disable=None) as bar:
+        with _bar() as progress:
             report = gemma.device.wait(
-                run_bench(gemma, at, repetitions=repetitions, peers=engines, progress=_stepping(bar))
+                run_bench(gemma, at, repetitions=repetitions, peers=engines, progress=progress)
             )
     report = replace(report, load=Load(seconds[0], seconds[1]), sha256=model_hash(files))
     click.echo(_FORMATS[form](report), nl=False)

@@ -1,12 +1,14 @@
-"""`gemma-wgpu chat`: a conversation in the terminal."""
+"""The command `gemma-wgpu chat`: a conversation in the terminal."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
@@ -19,52 +21,25 @@ from rich.markdown import Markdown
 
 from gemma_wgpu.apps.conversation import Conversation
 from gemma_wgpu.engine.request import Piece, Stats
-from gemma_wgpu.engine.sampling import Sampling
 from gemma_wgpu.errors import GemmaError, RequestError
+from gemma_wgpu.files import reason
 from gemma_wgpu.gemma import Gemma
+from gemma_wgpu.options import RANGES, Options
 
 _QUOTES = '"""'
 _FENCE = "```"
 
 
-@dataclass
-class Settings:
-    """What `/set` sets: the options of `Gemma.generate`."""
-
-    max_new_tokens: int | None = None
-    temperature: float = 1.0
-    top_k: int = 64
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        options = asdict(self)
-        most = options.pop("max_new_tokens")
-        Sampling(**options)
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-            raise RequestError(f"max_new_tokens is {most!r}; it must be a whole number above 0, or none")
-
-    def changed(self, name: str, value: str) -> Settings:
-        """With one of them another one. Raises RequestError for what it cannot be."""
-        options = asdict(self)
-        if name not in options:
-            raise RequestError(f"there is no setting {name!r}; there are {', '.join(options)}")
-        try:
-            options[name] = None if value == "none" else float(value) if "." in value else int(value)
-        except ValueError:
-            raise RequestError(f"{name} is {value!r}; it must be a number") from None
-        return Settings(**options)
-
-
 class Chat:
-    """Reads lines, of which those with a slash are commands, and shows what the model says to the others."""
+    """Reads lines, and shows what the model says to them. Lines that begin with a slash are commands.
 
-    def __init__(self, gemma: Gemma, conversation: Conversation, settings: Settings, files: Iterable[Path]) -> None:
+    The contents of `files` go in front of the first message. Raises RequestError if one cannot be read as text.
+    """
+
+    def __init__(self, gemma: Gemma, conversation: Conversation, options: Options, files: Iterable[Path]) -> None:
         self._gemma = gemma
         self._conversation = conversation
-        self._settings = settings
+        self._options = options
         self._files = [self._read(path) for path in files]
         self._console = Console(highlight=False)
         self._notes = self._console if self._console.is_terminal else Console(stderr=True, highlight=False)
@@ -72,7 +47,7 @@ class Chat:
         self._over = False
 
     def run(self) -> None:
-        """Until /exit, or the end of the input."""
+        """Talk until /exit, or the end of the input. Raises OSError if the standard output cannot be written."""
         interactive = sys.stdin.isatty()
         if interactive:
             self._note(f"{self._gemma.name}, {self._gemma.quantization}. /help lists the commands, Ctrl-D leaves.")
@@ -98,21 +73,21 @@ class Chat:
             self._answer()
 
     def _answer(self) -> None:
-        """The reply to the last message, which is taken back where there can be none."""
+        """Reply to the last message. If that fails, the message is taken back."""
         try:
-            dropped = self._conversation.fit(self._gemma.tokenizer, self._gemma.context_length)
-            generation = self._gemma.chat(self._conversation.messages, **asdict(self._settings))
+            dropped = self._conversation.fit(self._gemma.chat_ids, self._gemma.context_length)
+            generation = self._gemma.chat(self._conversation.messages, options=self._options)
+            if dropped:
+                kept = " The system text stays." if self._conversation.system else ""
+                self._note(f"The context is full: the oldest {dropped} messages were dropped.{kept}")
+            self._stats = generation.stats
+            try:
+                self._show(generation)
+            except KeyboardInterrupt:
+                self._note("(interrupted)")
         except GemmaError:
             self._conversation.undo()
             raise
-        if dropped:
-            kept = " The system text stays." if self._conversation.system else ""
-            self._note(f"The context is full: the oldest {dropped} messages were dropped.{kept}")
-        self._stats = generation.stats
-        try:
-            self._show(generation)
-        except KeyboardInterrupt:
-            self._note("(interrupted)")
         self._conversation.reply(generation.text)
         if generation.stats.finish_reason in ("context", "length"):
             full = (
@@ -121,11 +96,11 @@ class Chat:
             self._note(f"(cut off: {full})")
 
     def _show(self, pieces: Iterator[Piece]) -> None:
-        """The text as it comes: plain into a pipe, and as Markdown, paragraph by paragraph, in a terminal."""
+        """Print the text as it comes: plain into a pipe, and as Markdown, paragraph by paragraph, in a terminal."""
         if not self._console.is_terminal:
             for piece in pieces:
                 print(piece.text, end="", flush=True)
-            print()
+            print(flush=True)
             return
         paragraph = ""
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
@@ -161,44 +136,46 @@ class Chat:
                 return
 
     def _left(self) -> str:
-        if get_app().is_done:  # a line that was entered is left with what was said
+        if get_app().is_done:  # the line was entered, and stays in the terminal
             return ""
         most = self._gemma.context_length
         return f"{max(0, most - self._used):,} of {most:,} tokens left"
 
     @property
     def _used(self) -> int:
-        return self._conversation.tokens(self._gemma.tokenizer)
+        return self._conversation.tokens(self._gemma.chat_ids)
 
     @staticmethod
     def _read(path: Path) -> str:
         try:
             content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path}: cannot be read as text: {error}") from error
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be read: {reason(error)}") from error
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path}: cannot be read as text: it is not UTF-8 ({error.reason})") from error
         return f"{path.name}:\n{_FENCE}\n{content.rstrip()}\n{_FENCE}"
 
     # The commands.
 
     def _help(self, _: str) -> None:
-        """this list"""
+        """Show this list."""
         for name, command in _COMMANDS.items():
             self._console.print(f"/{name:<12}{command.__doc__}", markup=False)
         self._console.print('"""          begins and ends a message of several lines')
         self._console.print("Ctrl-C       interrupts the reply; Ctrl-D leaves")
 
     def _system(self, text: str) -> None:
-        """TEXT: how the model is to behave; nothing removes it"""
+        """Set how the model is to behave: /system TEXT. Without TEXT, nothing is asked of it."""
         self._conversation.system = text
         self._note("The system text is set." if text else "The system text is removed.")
 
     def _reset(self, _: str) -> None:
-        """begin anew, with the same system text"""
+        """Begin anew, with the same system text."""
         self._conversation.turns.clear()
         self._note("The conversation is forgotten.")
 
     def _statistics(self, _: str) -> None:
-        """figures of the last reply"""
+        """Show the figures of the last reply."""
         if self._stats is None:
             raise RequestError("there is no reply yet")
         stats = self._stats
@@ -211,46 +188,55 @@ class Chat:
         )
 
     def _context(self, _: str) -> None:
-        """how full the context is"""
+        """Show how full the context is."""
         self._console.print(f"{self._used:,} of {self._gemma.context_length:,} tokens of context used")
 
     def _save(self, path: str) -> None:
-        """FILE: write the conversation"""
-        self._conversation.save(_path(path), asdict(self._settings))
+        """Write the conversation to a file: /save FILE."""
+        self._conversation.save(_path(path), self._settings)
         self._note(f"Saved to {path}.")
 
     def _load(self, path: str) -> None:
-        """FILE: go on with a conversation that was saved"""
+        """Go on with a conversation that was saved: /load FILE."""
         conversation, settings = Conversation.load(_path(path))
         try:
-            self._settings = Settings(**settings)
-        except TypeError:
-            raise RequestError(f"{path}: has settings that are none here") from None
+            for name in settings:
+                _check_setting(name)
+            self._options = Options(**settings)
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}") from error
         self._conversation = conversation
         self._note(f"{len(conversation.turns)} messages.")
 
     def _regenerate(self, _: str) -> None:
-        """another reply to the last message"""
+        """Generate another reply to the last message."""
         if not self._conversation.take_back_reply():
             raise RequestError("there is no reply yet")
         self._answer()
 
     def _undo(self, _: str) -> None:
-        """take back the last message and its reply"""
+        """Take back the last message and its reply."""
         if not self._conversation.undo():
             raise RequestError("there is nothing to take back")
         self._note("The last message is taken back.")
 
     def _set(self, argument: str) -> None:
-        """NAME VALUE: temperature 0.7, say; alone it lists the settings"""
+        """Change a setting, for example /set temperature 0.7. Without a name, list all of them."""
         if argument:
-            name, _, value = argument.partition(" ")
-            self._settings = self._settings.changed(name, value.strip())
-        for name, value in asdict(self._settings).items():
+            name, _, text = argument.partition(" ")
+            _check_setting(name)
+            changed: dict[str, Any] = {name: _number(name, text.strip())}
+            self._options = replace(self._options, **changed)
+        for name, value in self._settings.items():
             self._console.print(f"{name:<20}{'none' if value is None else value}")
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Return the options that `/set` can change, by name."""
+        return {name: getattr(self._options, name) for name in RANGES}
+
     def _exit(self, _: str) -> None:
-        """leave"""
+        """Leave the chat."""
         self._over = True
 
 
@@ -270,13 +256,14 @@ _COMMANDS: dict[str, Callable[[Chat, str], None]] = {
 
 
 def _is_open(text: str) -> bool:
-    """Whether `text` begins with three quotes that have not ended yet."""
+    """Say whether `text` begins with three quotes and has not ended with three others yet."""
     text = text.strip()
     return text.startswith(_QUOTES) and (len(text) < 6 or not text.endswith(_QUOTES))
 
 
 def _piped() -> Iterator[str]:
-    """The lines of the standard input, those between quotes as one."""
+    """Yield the lines of the standard input. Lines between three quotes are one."""
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     held = ""
     for line in sys.stdin:
         held += line
@@ -288,15 +275,30 @@ def _piped() -> Iterator[str]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """The paragraphs that are whole, and the rest. One that begins a block of code ends with it."""
+    """Return the paragraphs that are whole, and the rest. A paragraph that begins a block of code ends with it."""
     end = text.rfind("\n\n")
     while end >= 0 and text.count(_FENCE, 0, end) % 2:
         end = text.rfind("\n\n", 0, end)
     return ("", text) if end < 0 else (text[:end], text[end + 2 :])
 
 
+def _check_setting(name: str) -> None:
+    if name not in RANGES:
+        raise RequestError(f"there is no setting {name!r}; the settings are {', '.join(RANGES)}")
+
+
+def _number(name: str, text: str) -> float | None:
+    """Read the value of a setting, which is a number or "none"."""
+    if text == "none":
+        return None
+    try:
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    except ValueError:
+        raise RequestError(f"{name} is {text!r}; it must be a number") from None
+
+
 def _path(text: str) -> Path:
-    if not text:
+    if not Path(text).name:
         raise RequestError("give the name of a file")
     return Path(text).expanduser()
 

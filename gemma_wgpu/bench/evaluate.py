@@ -1,6 +1,8 @@
 """How well a model predicts a text, and how far it is from another model: the usual ways to judge a quantisation."""
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,18 +10,17 @@ from numpy.typing import NDArray
 
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gemma import Gemma
-
-Progress = Callable[[int, int], None]
+from gemma_wgpu.progress import OnProgress, Progress
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the `tokens` of a text, each predicted from those before it in its segment.
+    """Means over the `tokens` of a text, each of which is predicted from those before it in its segment.
 
-    - perplexity: e^(mean negative log-likelihood), of the model.
-    - divergence: the Kullback-Leibler divergence of the model from the other one, in nats; None without another.
-    - divergence_error: its standard error.
-    - agreement: how often both hold the same token to be the likeliest, from 0 to 1.
+    - perplexity: e^(mean negative log-likelihood) of the model.
+    - divergence: the Kullback-Leibler divergence of the model from the other one, in nats; None without another one.
+    - divergence_error: the standard error of the divergence.
+    - agreement: how often both models find the same token the likeliest, from 0 to 1.
     """
 
     tokens: int
@@ -36,13 +37,13 @@ def evaluate(
     against: Gemma | None = None,
     segment: int = 512,
     max_tokens: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Evaluation:
-    """Evaluate `model` on `text`, cut into segments of `segment` tokens that begin with BOS each.
+    """Evaluate `model` on `text`, which is cut into segments of `segment` tokens that begin with BOS each.
 
-    `max_tokens` takes the beginning of the text only. `progress` is called with (tokens done, tokens in all).
-    Raises RequestError when the text is empty, a segment too long, `max_tokens` below 1, or the models' vocabularies
-    differ.
+    `max_tokens` takes only the beginning of the text. `progress` is told the tokens that are done. Raises
+    RequestError if the text is empty, if a segment is too long, if `max_tokens` is below 1, or if the models have
+    different vocabularies.
     """
     if against is model:
         raise RequestError("a model cannot be measured against itself; load it twice")
@@ -64,16 +65,16 @@ def evaluate(
     for start in range(0, len(ids), segment - 1):
         targets = ids[start : start + segment - 1]
         inputs = [model.tokenizer.bos_id, *targets[:-1]]
-        others = _rows(against, inputs) if against else iter(())
-        for target, row in zip(targets, _rows(model, inputs), strict=True):
+        others = _rows(against, inputs) if against else [None] * len(inputs)
+        for target, row, other in zip(targets, _rows(model, inputs), others, strict=True):
             logs = _log_softmax(row)
             losses.append(-float(logs[target]))
-            if against:
-                expected = _log_softmax(next(others))
+            if other is not None:
+                expected = _log_softmax(other)
                 divergences.append(float(np.einsum("v,v->", np.exp(expected), expected - logs, dtype=np.float64)))
                 agreements.append(bool(expected.argmax() == logs.argmax()))
             if progress:
-                progress(len(losses), len(ids))
+                progress(Progress("evaluating", len(losses), len(ids), "tokens"))
     perplexity = float(np.exp(np.mean(losses)))
     if not against:
         return Evaluation(len(ids), perplexity)
@@ -87,7 +88,7 @@ def evaluate(
 
 
 def _rows(model: Gemma, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-    """The logits after each of `ids`, which come from the GPU some at a time."""
+    """Yield the logits (vocab_size,) after each of `ids`; some rows at a time come from the GPU."""
     rows = model.logit_rows(ids)
     while (block := model.device.wait(_next(rows))) is not None:
         yield from block

@@ -1,6 +1,6 @@
-"""Other engines on the same model, through their public Python packages, to be measured in turn with ours.
+"""Other engines on the same model, through their public Python packages, to be measured beside ours.
 
-None of them is needed otherwise, so each is imported where it is opened.
+Nothing else needs them, so each is imported when it is opened.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from gemma_wgpu.weights.manifest import MANIFEST
 
 
 class _Stepped(Engine):
-    """An engine whose steps we call ourselves."""
+    """An engine whose steps are called one by one."""
 
     async def run(self, ids: Sequence[int], decode: int) -> Run:
-        """As Engine says."""
+        """Compute `ids` and `decode` tokens, and time each."""
         cached, started = self._cached(), time.perf_counter()
         new, times = [], []
         for token in self._steps(ids, decode + 1):
@@ -34,15 +34,15 @@ class _Stepped(Engine):
 
     @abstractmethod
     def _cached(self) -> int:
-        """Tokens in the cache."""
+        """Return how many tokens are in the cache."""
 
     @abstractmethod
     def _steps(self, ids: Sequence[int], count: int) -> Iterator[int]:
-        """Compute `ids`, then `count` new tokens, each known when it is yielded."""
+        """Compute `ids`, then yield `count` new tokens, each as soon as it is known."""
 
 
 class LlamaCpp(_Stepped):
-    """llama.cpp, in llama-cpp-python, on what that was compiled for: the GPU, or the CPU."""
+    """llama.cpp through llama-cpp-python, on the GPU or the CPU, whichever that was compiled for."""
 
     name = "llama.cpp"
 
@@ -60,13 +60,13 @@ class LlamaCpp(_Stepped):
                 n_gpu_layers=-1,
                 n_threads=threads,
                 n_threads_batch=threads,
-                swa_full=False,  # as llama-bench has it: windows keep no more than they see
+                swa_full=False,  # windows keep no more than they see, as in llama-bench
                 verbose=False,
             )
         self._memory = llama_cpp.llama_get_memory(self._llama.ctx)
 
     async def fill(self, ids: Sequence[int]) -> None:
-        """As Engine says."""
+        """Make the cache hold `ids` and no more."""
         self._api.llama_memory_clear(self._memory, True)
         if ids:
             self._compute(ids)
@@ -93,17 +93,17 @@ class LlamaCpp(_Stepped):
         return int(logits.argmax())
 
     def close(self) -> None:
-        """As Engine says."""
+        """Free the memory of the engine."""
         self._llama.close()
 
 
 class Transformers(Engine):
-    """transformers on PyTorch, in bf16, with a static cache; it compiles the decode step where there is a GPU."""
+    """transformers on PyTorch, in bf16, with a static cache. It compiles the decode step if there is a GPU."""
 
     name = "transformers"
 
     def __init__(self, path: Path, context: int, threads: int | None) -> None:
-        if (path / MANIFEST).exists():  # in which transformers would find no weights, and take random ones
+        if (path / MANIFEST).exists():  # transformers would find no weights there, and take random ones
             raise RequestError(
                 f"{path}: transformers reads Hugging Face folders and .gguf files, not our model folders; name one "
                 "with --peer-model"
@@ -126,7 +126,7 @@ class Transformers(Engine):
         self._ids: list[int] = []
 
     async def fill(self, ids: Sequence[int]) -> None:
-        """As Engine says."""
+        """Make the cache hold `ids` and no more."""
         self._cache.reset()
         self._ids = list(ids)
         if ids:
@@ -138,7 +138,7 @@ class Transformers(Engine):
         return int(self._cache.get_seq_length())
 
     async def run(self, ids: Sequence[int], decode: int) -> Run:
-        """As Engine says."""
+        """Compute `ids` and `decode` tokens, and time each."""
         cached, clock = self._cached(), _Clock()
         prompt = self._tensor([*self._ids, *ids])
         greedy = self._options(max_new_tokens=decode + 1, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -150,7 +150,7 @@ class Transformers(Engine):
         return self._torch.tensor([list(ids)], device=self._model.device)
 
     def close(self) -> None:
-        """As Engine says."""
+        """Free the memory of the engine."""
         del self._model, self._cache
 
 
@@ -163,7 +163,7 @@ class _Clock:
         self._prompt = True
 
     def put(self, value: Any) -> None:
-        """Take note."""
+        """Note a token and its time."""
         if self._prompt:
             self._prompt = False
             return
@@ -171,7 +171,7 @@ class _Clock:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no token is held back."""
 
 
 class OnnxRuntime(_Stepped):
@@ -192,10 +192,10 @@ class OnnxRuntime(_Stepped):
         with _loading(self.name, path):
             self._model: Any = onnxruntime_genai.Model(str(path))
         self._generator: Any = None
-        self._options = {"do_sample": False, "max_length": context, "min_length": context}  # past the end
+        self._options = {"do_sample": False, "max_length": context, "min_length": context}  # it goes on past the end
 
     async def fill(self, ids: Sequence[int]) -> None:
-        """As Engine says."""
+        """Make the cache hold `ids` and no more."""
         parameters = self._api.GeneratorParams(self._model)
         parameters.set_search_options(**self._options)
         self._generator = self._api.Generator(self._model, parameters)
@@ -212,16 +212,17 @@ class OnnxRuntime(_Stepped):
             yield int(self._generator.get_next_tokens()[0])
 
     def close(self) -> None:
-        """As Engine says."""
+        """Free the memory of the engine."""
         del self._generator, self._model
 
 
 PEERS: dict[str, Callable[[Path, int, int | None], Engine]] = {
     peer.name: peer for peer in (LlamaCpp, Transformers, OnnxRuntime)
 }
-"""By name: what opens a model, with (path, tokens of context, threads of the CPU or None for the engine's choice).
+"""This has, by the name of a peer, what opens a model with (path, context in tokens, threads of the CPU).
 
-Raises RequestError where the package is missing, or the model is none that the engine reads.
+The engine chooses the threads if they are None. RequestError is raised if the package is missing, or if the engine
+does not read such a model.
 """
 
 
@@ -237,6 +238,6 @@ def _package(name: str) -> Iterator[None]:
 def _loading(name: str, path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of whatever class the peer has for it
+    except Exception as error:  # each peer has classes of its own for it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RequestError(f"{path}: {name} cannot load it: {reason}") from error

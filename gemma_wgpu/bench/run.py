@@ -1,7 +1,7 @@
 """How fast a model is, in the terms of llama-bench, and where the time goes.
 
-Asynchronous at the bottom and in need of nothing but numpy, so that it runs in a browser too. How to read the figures
-stands in benchmarks/README.md.
+It is asynchronous at the bottom and needs nothing but numpy, so it runs in a browser too. benchmarks/README.md says
+how to read the figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -25,30 +25,31 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_wgpu.bench.records import structured
+from gemma_wgpu.bench.records import from_dict
 from gemma_wgpu.engine import session
-from gemma_wgpu.engine.model import Model
-from gemma_wgpu.engine.sampling import Sampling
+from gemma_wgpu.engine.runner import Draw, Row, Runner
 from gemma_wgpu.errors import RequestError
+from gemma_wgpu.files import sha256
 from gemma_wgpu.gemma import Gemma
 from gemma_wgpu.gpu.device import AdapterInfo, Buffer, Device, Limits, Program
 from gemma_wgpu.ops.kernels import READ_STEP, Kernels
+from gemma_wgpu.ops.launch import record
+from gemma_wgpu.options import Options
+from gemma_wgpu.progress import OnProgress, Progress
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.weights.manifest import MANIFEST
 
-Progress = Callable[[str, int, int], None]
-"""Told what begins, and how many steps of all are done."""
-
 OURS = "gemma-wgpu"
 FORMAT = 2
-_HOST_STEPS = 64  # of which the median is taken
-_HOST_SECONDS = 1.0  # after which fewer will do
-_PROFILED_STEPS = 8  # of decode, whose mean is taken
-_READ_BYTES = 256 << 20  # more than caches hold
-_READ_SECONDS = 0.05  # at least, so that the wait for the GPU does not count
+_HOST_STEPS = 64  # the median of so many is taken
+_HOST_SECONDS = 1.0  # after so long, fewer steps will do
+_PROFILED_STEPS = 8  # the mean of so many steps of decode is taken
+_READ_BYTES = 256 << 20  # this is more than the caches of a GPU hold
+_READ_SECONDS = 0.05  # a measurement lasts so long at least, so that the wait for the GPU does not count
+_GREEDY = Draw(Options(temperature=0), seed=0)
 _SHAPE = re.compile(r"(?:pp(\d+))?\+?(?:tg(\d+))?")
 _DEPTH = re.compile(r"(\d+)(k?)")
-# Lewis Carroll, Alice's Adventures in Wonderland (1865), which has no copyright any more.
+# This is from Lewis Carroll's Alice's Adventures in Wonderland (1865), which has no copyright any more.
 _TEXT = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once "
     "or twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, "
@@ -61,11 +62,12 @@ _TEXT = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What a run times, in tokens: `prefill` of a prompt, then `decode` one after the other, on top of `depth` in the
-    cache.
+    """What a run times, in tokens.
 
-    Without a prompt, decode begins with one token that is not counted. Raises RequestError where there is nothing to
-    time.
+    It computes `prefill` tokens of a prompt and then `decode` tokens one after the other, while the cache holds
+    `depth` tokens before them. Without a prompt, decode begins with one token that is not counted.
+
+    Raises RequestError if there is nothing to time.
     """
 
     prefill: int
@@ -81,51 +83,55 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """ "pp512", "tg128", "pp1024+tg256", or "litert", which is the last one. Raises RequestError for others."""
+        """Return the shape of a name: "pp512", "tg128", "pp1024+tg256", or "litert", which is the last one of these.
+
+        Raises RequestError for other names.
+        """
         match = _SHAPE.fullmatch("pp1024+tg256" if text == "litert" else text)
         if not match or not any(match.groups()):
             raise RequestError(f"{text!r} is not a shape such as pp512, tg128, pp512+tg128 or litert")
         return cls(int(match[1] or 0), int(match[2] or 0))
 
     def __str__(self) -> str:
-        parts = [f"pp{self.prefill}"] * bool(self.prefill) + [f"tg{self.decode}"] * bool(self.decode)
-        return "+".join(parts) + (f" @ d{self.depth}" if self.depth else "")
+        names = [f"pp{self.prefill}"] * bool(self.prefill) + [f"tg{self.decode}"] * bool(self.decode)
+        return "+".join(names) + (f" @ d{self.depth}" if self.depth else "")
 
     @property
     def prompt(self) -> int:
-        """Tokens that are given."""
+        """Return how many tokens are given."""
         return max(self.prefill, 1)
 
     @property
     def context(self) -> int:
-        """Tokens that the context must hold."""
+        """Return how many tokens the context must hold."""
         return self.depth + self.prompt + self.decode
 
 
 def parse_depths(text: str) -> list[int]:
-    """ "0,1k,4k": whole numbers, 1k being 1024. Raises RequestError for anything else."""
-    found = [_DEPTH.fullmatch(part.strip().lower()) for part in text.split(",")]
+    """Return the depths in a text such as "0,1k,4k", where 1k is 1024. Raises RequestError for any other text."""
+    found = [_DEPTH.fullmatch(number.strip().lower()) for number in text.split(",")]
     if not all(found):
         raise RequestError(f"{text!r} is not a list of depths such as 0,1k,4k,16k")
     return [int(match[1]) << 10 * len(match[2]) for match in found if match]
 
 
 def check_context(shapes: Iterable[Shape], context_length: int) -> None:
-    """Raise RequestError naming a shape that is longer than `context_length`."""
+    """Raise RequestError, which names the shape, if a shape is longer than `context_length`."""
     for shape in shapes:
         if shape.context > context_length:
             raise RequestError(
-                f"{shape} takes a context of {shape.context:,} tokens, and this model has {context_length:,}; "
+                f"{shape} takes a context of {shape.context:,} tokens, and this model has one of {context_length:,}; "
                 "choose a smaller shape or depth"
             )
 
 
 @dataclass(frozen=True)
 class Run:
-    """`prefill_seconds` last until the first new token, `decode_seconds` from there to the last one.
+    """One run of an engine on a shape.
 
-    `cached` counts the tokens that the engine had in its cache before; `ids` are the new ones, greedily chosen, and
-    `token_seconds` the time from each to the next, where the engine tells.
+    `prefill_seconds` last until the first new token, `decode_seconds` from there to the last one. `cached` counts the
+    tokens that the engine had in its cache before. `ids` are the new ones, greedily chosen, and `token_seconds` are
+    the times from each to the next, if the engine tells.
     """
 
     cached: int
@@ -136,12 +142,15 @@ class Run:
 
 
 def timed_run(cached: int, started: float, ids: list[int], times: Sequence[float]) -> Run:
-    """The run that `started` at a time and yielded `ids` at `times`, in seconds."""
+    """Return the run that `started` at a time and yielded `ids` at `times`, in seconds."""
     return Run(cached, times[0] - started, times[-1] - times[0], ids, np.diff(times).tolist())
 
 
 class Engine(ABC):
-    """What runs a model: ours, or a peer's."""
+    """What runs a model: this package, or a peer.
+
+    `versions` has the version of each package that counts, by name.
+    """
 
     name: str
     versions: dict[str, str]
@@ -152,11 +161,11 @@ class Engine(ABC):
 
     @abstractmethod
     async def run(self, ids: Sequence[int], decode: int) -> Run:
-        """`ids` on top of the cache, then `decode` tokens after the first new one, whatever they say."""
+        """Compute `ids` after what the cache holds, then `decode` tokens after the first new one, past any end."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free its memory."""
+        """Free the memory of the engine."""
 
 
 class _Ours(Engine):
@@ -164,46 +173,56 @@ class _Ours(Engine):
 
     def __init__(self, gemma: Gemma) -> None:
         self._gemma = gemma
-        self._model = gemma._model
         self._folder = tempfile.TemporaryDirectory()
         self._ids: list[int] = []  # in the cache
         self._saved: list[int] = []  # in the session's file
         try:
             self.versions = {OURS: version(OURS)}
-        except PackageNotFoundError:  # run from its source
+        except PackageNotFoundError:  # it runs from its sources
             self.versions = {OURS: "not installed"}
 
     async def fill(self, ids: Sequence[int]) -> None:
-        model, path = self._model, Path(self._folder.name) / "session"
-        self._gemma.reset()
+        gemma, runner, path = self._gemma, self._gemma.runner, Path(self._folder.name) / "session"
+        gemma.reset()
         self._ids = list(ids)
         if ids and self._ids == self._saved:  # a long one takes much longer to compute than to write back
-            session.restore(model, path)
+            session.restore(runner, gemma.fingerprint, path)
         elif ids:
-            model.begin(np.array(ids, np.uint32), Sampling(temperature=0))
-            await model.prefill()
-            await session.save(model, path)
+            await self._compute(ids)
+            await session.save(runner, gemma.fingerprint, path)
             self._saved = self._ids
-        await model.device.read(model.state)
+        with runner.device.lock:
+            reading = runner.device.read(runner.cache.keys(0), 0, 4)
+        await reading
+
+    async def _compute(self, ids: Sequence[int]) -> None:
+        runner, lock = self._gemma.runner, self._gemma.device.lock
+        with lock:
+            lease = runner.begin(ids, 0)
+        try:
+            while left := len(ids) - lease.computed:
+                with lock:
+                    reading = runner.prefill(lease, min(left, runner.prefill_chunk))
+                await reading
+        finally:
+            with lock:
+                lease.release()
 
     async def run(self, ids: Sequence[int], decode: int) -> Run:
-        prompt = [*self._ids, *ids]
-        generation = self._gemma.generate(prompt, max_new_tokens=decode + 1, temperature=0)
-        new, times = [], []
-        async for token in generation.tokens():
-            new.append(token)
-            times.append(time.perf_counter())
-        stats = generation.stats
-        return Run(stats.reused_tokens, stats.prefill_seconds, stats.decode_seconds, new, np.diff(times).tolist())
+        options = Options(max_new_tokens=decode + 1, temperature=0, ignore_eos=True)
+        generation = self._gemma.generate([*self._ids, *ids], options=options)
+        started = time.perf_counter()
+        times = [time.perf_counter() async for piece in generation if piece.ids]
+        return timed_run(generation.stats.reused_tokens, started, generation.ids, times)
 
     def close(self) -> None:
-        self._gemma.reset()
         self._folder.cleanup()
+        self._gemma.reset()
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """GPU seconds of the dispatches of one shader that have the same grid."""
+    """The GPU time, in seconds, of the dispatches of one shader that have the same grid."""
 
     shader: str
     workgroups: tuple[int, int, int]
@@ -213,7 +232,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Of some runs."""
+    """The median and the range of some values."""
 
     median: float
     smallest: float
@@ -221,7 +240,7 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Figure:
-        """Sum up `values`."""
+        """Return the figure of `values`, of which there is one at least."""
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
@@ -230,12 +249,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of one engine on one shape. `warm_up` came before them and counts for nothing else.
+    """The runs of one engine on one shape. `warm_up` came before them; its time does not count.
 
-    - decode_bytes: what one step of decode reads, in the middle of the decode: all weights, and of the cache what the
-      layers see; of ours only.
-    - prefill_kernels, decode_kernels: GPU time of the prompt and of one token; empty where it cannot be measured.
-    - prefill_profiled, decode_profiled: seconds of the clock that the same took, in which all of these kernels ran.
+    - decode_bytes: the bytes that a step in the middle of the decode reads: all weights, and what the layers see of
+      the cache. It is None for peers, and if nothing is decoded.
+    - prefill_kernels, decode_kernels: the GPU time of the prompt and of one token. They are empty for peers, and if
+      the adapter cannot measure it.
+    - prefill_profiled, decode_profiled: the seconds of wall clock in which all of these kernels ran.
     """
 
     engine: str
@@ -250,26 +270,26 @@ class Result:
 
     @property
     def prefill(self) -> Figure | None:
-        """Tokens of the prompt a second, up to the first new token; None without a prompt."""
+        """Return the tokens of the prompt per second, up to the first new token; None without a prompt."""
         if not self.shape.prefill:
             return None
         return Figure.of([self.shape.prefill / run.prefill_seconds for run in self.runs])
 
     @property
     def decode(self) -> Figure | None:
-        """Tokens a second; None without any."""
+        """Return the decoded tokens per second; None if nothing is decoded."""
         if not self.shape.decode:
             return None
         return Figure.of([self.shape.decode / run.decode_seconds for run in self.runs])
 
     @property
     def first_token(self) -> Figure:
-        """Seconds."""
+        """Return the seconds until the first new token."""
         return Figure.of([run.prefill_seconds for run in self.runs])
 
     @property
     def token_percentiles(self) -> tuple[float, float, float] | None:
-        """Seconds that 50, 95 and 99 % of the tokens take at most; None where the engine does not tell."""
+        """Return the seconds that 50, 95 and 99 % of the tokens take at most; None if the engine does not tell."""
         seconds = [duration for run in self.runs for duration in run.token_seconds]
         if not seconds:
             return None
@@ -278,7 +298,7 @@ class Result:
 
     @property
     def decode_bandwidth(self) -> float | None:
-        """Bytes a second that decode reads."""
+        """Return the bytes per second that decode reads, if they are known."""
         if self.decode is None or self.decode_bytes is None:
             return None
         return self.decode.median * self.decode_bytes
@@ -286,10 +306,10 @@ class Result:
 
 @dataclass(frozen=True)
 class HostTime:
-    """Seconds that the host takes to put one decode step on an idle queue.
+    """The seconds that the host takes to put one step of decode on an idle queue.
 
-    - alone: of a step whose dispatches have no workgroups: what the host itself costs.
-    - beside_shaders: of a real step. It is more where the adapter is the CPU, whose caches the shaders fill.
+    - alone: for a step whose dispatches have no workgroups, which is the cost of the host itself.
+    - beside_shaders: for a real step. This is more if the adapter is the CPU, whose caches the shaders fill.
     """
 
     alone: Figure
@@ -298,8 +318,10 @@ class HostTime:
 
 @dataclass(frozen=True)
 class Load:
-    """Seconds to load the model: first, its files not in memory where the system lets go of them, or in a browser not
-    yet downloaded; then again. `cold` is None where there was nothing left to download. The `stages` are parts of it.
+    """The seconds that it took to load the model: first `cold`, then `warm`.
+
+    When it is cold, its files are not in memory, if the system lets go of them, or a browser has yet to download
+    them. `cold` is None if there was nothing to download. The stages say how much of it was spent on what.
     """
 
     cold: float | None
@@ -310,7 +332,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What another implementation says to a prompt: `tokens`, greedily chosen after `ids`."""
+    """A prompt `ids`, and the `tokens` that another implementation chose greedily after it."""
 
     ids: list[int]
     tokens: list[int]
@@ -318,7 +340,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reference:
-    """What `source`, another implementation, says to some prompts."""
+    """The prompts that another implementation was given, which `source` names."""
 
     source: str
     prompts: list[Prompt]
@@ -326,7 +348,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Match:
-    """How many of the tokens that were compared with those of a reference were the same."""
+    """How many `tokens`, after so many `prompts`, were compared with those of a reference, and how many are right."""
 
     source: str
     prompts: int
@@ -338,11 +360,12 @@ class Match:
 class Report:
     """All that a benchmark found.
 
-    - bandwidth: what the read kernel reaches, in bytes a second.
-    - match: how the model's tokens compare with a reference; None where none is known. Without a full match the
+    - bandwidth: the bytes per second that the read kernel reaches.
+    - match: how the model's tokens compare with a reference; None if no reference is known. If a token is wrong, the
       figures are void: see `valid`.
-    - host_bytes: of the host's memory, by what holds them, where that can be known.
-    - model_bytes: of the model's files.
+    - gpu_bytes: the bytes on the GPU at the end, by what they are for.
+    - host_bytes: the bytes of the host's memory, by what holds them, if that can be known.
+    - model_bytes: the bytes of the model's files.
     """
 
     date: str
@@ -371,33 +394,35 @@ class Report:
 
     @property
     def valid(self) -> bool:
-        """Whether nothing is known against the figures: a wrong token, or runs of ours that differ."""
+        """Say whether the figures count: no token is known to be wrong, and all runs of ours have the same tokens."""
         ours = [result for result in self.results if result.engine == OURS]
         repeated = all(run.ids == result.warm_up.ids for result in ours for run in result.runs)
         return repeated and (self.match is None or self.match.same == self.match.tokens)
 
     def to_json(self) -> str:
-        """Everything, each run by itself."""
+        """Return everything as JSON, with each single run."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """What `to_json` wrote. Raises RequestError for anything else, also of another format's number."""
+        """Read what `to_json` wrote. Raises RequestError for anything else, also for a report of another format."""
         try:
             content = json.loads(text)
             version = content["format"]
-            report: Report | None = structured(cls, content) if version == FORMAT else None
+            report: Report | None = from_dict(cls, content) if version == FORMAT else None
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise RequestError(f"not a report of gemma-wgpu's benchmark ({error})") from error
+            raise RequestError(f"this is not a report of gemma-wgpu's benchmark ({error})") from error
         if report is None:
-            raise RequestError(f"a report of format {version}, this gemma-wgpu reads {FORMAT}; measure again")
+            raise RequestError(
+                f"this report has format {str(version)[:40]}, and this gemma-wgpu reads {FORMAT}; measure again"
+            )
         if not report.results or not all(_sound(result) for result in report.results):
-            raise RequestError("a report whose runs do not fit their shape; measure again")
+            raise RequestError("the runs of this report do not fit their shapes; measure again")
         return report
 
 
 def _sound(result: Result) -> bool:
-    """Whether all that is computed from a result can be."""
+    """Say whether all that is computed from a result can be computed."""
     shape = result.shape
     return bool(result.runs) and all(
         len(run.ids) == shape.decode + 1 and run.prefill_seconds > 0 and (run.decode_seconds > 0 or not shape.decode)
@@ -412,17 +437,22 @@ async def bench(
     repetitions: int = 5,
     peers: Sequence[Engine] = (),
     reference: Reference | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Report:
-    """Time `shapes` on a model, `repetitions` times each after one run to warm up, by turns with its `peers`.
+    """Time `shapes` on a model, `repetitions` times each after one run to warm up.
 
-    Its tokens are compared with those of a `reference` too. Raises RequestError for a shape that the context is too
-    short for, and for less than one repetition.
+    Each of the `peers` makes every run right after the model does. The model's tokens are also compared with those of
+    a `reference`. `progress` is told of each step as it begins. Other texts of the model end by a RequestError.
+
+    Raises RequestError for a shape that the context is too short for, for less than one repetition, and for a context
+    of one token, in which nothing can be decoded.
     """
     check_context(shapes, gemma.context_length)
     if repetitions < 1:
         raise RequestError(f"repetitions is {repetitions}; it must be above 0")
-    model, device = gemma._model, gemma.device
+    if gemma.context_length < 2:
+        raise RequestError("this model was loaded with a context of 1 token; a benchmark needs one of 2 at least")
+    runner, device = gemma.runner, gemma.device
     engines = [_Ours(gemma), *peers]
     timed = "timestamp-query" in device.features
     steps = _Steps(bool(reference) + len(shapes) * (len(engines) * (repetitions + 1) + timed) + 2, progress)
@@ -438,11 +468,11 @@ async def bench(
                     await engine.fill(ids[: shape.depth])
                     its_runs.append(await engine.run(ids[shape.depth :], shape.decode))
             found = [Result(e.name, shape, first, rest) for e, (first, *rest) in zip(engines, runs, strict=True)]
-            found[0] = replace(found[0], decode_bytes=_decode_bytes(model, shape))
+            found[0] = replace(found[0], decode_bytes=_decode_bytes(gemma, shape))
             if timed:
                 steps.begin(f"timing kernels, {shape}")
                 await engines[0].fill(ids[: shape.depth])
-                found[0] = await _profiled(found[0], model, ids)
+                found[0] = await _profiled(found[0], runner, ids)
             results += found
         if reference:
             steps.begin("comparing tokens with the reference")
@@ -450,7 +480,7 @@ async def bench(
         steps.begin("measuring bandwidth")
         bandwidth = await read_bandwidth(device)
         steps.begin("timing the host")
-        host = await _host_time(model, gemma.tokenizer)
+        host = await _host_time(runner, gemma.tokenizer)
         steps.end()
         return Report(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -461,11 +491,11 @@ async def bench(
             quantization=gemma.quantization,
             precision=gemma.precision,
             activations=gemma.activations,
-            tuning=str(model.tuning),
+            tuning=str(runner.kernels.tuning),
             context_length=gemma.context_length,
             gpu_bytes=gemma.gpu_bytes,
             bandwidth=bandwidth,
-            dispatches_per_token=model.decode_dispatches,
+            dispatches_per_token=runner.decode_dispatches,
             host=host,
             results=results,
             features=sorted(device.features),
@@ -477,25 +507,28 @@ async def bench(
 
 
 class _Steps:
-    """Tells `progress` of each step."""
+    """Tells `progress` of each step of a benchmark."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
+    def __init__(self, total: int, progress: OnProgress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress
 
     def begin(self, what: str) -> None:
-        """The next one."""
+        """Say what the next step is."""
         if self._progress:
-            self._progress(what, self._done, self._total)
+            self._progress(Progress(what, self._done, self._total, "steps"))
         self._done += 1
 
     def end(self) -> None:
-        """All are done."""
+        """Say that all steps are done."""
         self.begin("done")
 
 
 async def compare(gemma: Gemma, reference: Reference, shapes: Iterable[Shape]) -> Match:
-    """How the model's tokens compare with a reference's: after its prompts that are no longer than those of `shapes`,
-    or the shortest, as many tokens as `shapes` decode and the one before, where the reference has them."""
+    """Compare the model's tokens with those of a reference.
+
+    The prompts are those of the reference that are no longer than those of `shapes`, or its shortest one. After each
+    of them, as many tokens are compared as `shapes` decode and one more, or as many as the reference has.
+    """
     shapes = list(shapes)
     longest, most = max(shape.prompt for shape in shapes), max(shape.decode for shape in shapes) + 1
     by_length = sorted(reference.prompts, key=lambda prompt: len(prompt.ids))
@@ -503,47 +536,57 @@ async def compare(gemma: Gemma, reference: Reference, shapes: Iterable[Shape]) -
     tokens = same = 0
     for prompt in prompts:
         expected = prompt.tokens[:most]
-        generation = gemma.generate(prompt.ids, max_new_tokens=len(expected), temperature=0)
-        async for _ in generation:
-            pass
+        options = Options(max_new_tokens=len(expected), temperature=0, ignore_eos=True)
+        generation = gemma.generate(prompt.ids, options=options)
+        await generation
         tokens += len(expected)
         same += sum(a == b for a, b in zip(generation.ids, expected, strict=False))
     return Match(reference.source, len(prompts), tokens, same)
 
 
 def prompt_ids(tokenizer: Tokenizer, count: int) -> list[int]:
-    """`count` ids, the same for every engine: BOS, and a text over and over."""
+    """Return `count` ids, the same for every engine: BOS, and a text over and over."""
     text = tokenizer.encode(_TEXT, bos=False)
     return [tokenizer.bos_id, *(text * (count // len(text) + 1))][:count]
 
 
-def _decode_bytes(model: Model, shape: Shape) -> int | None:
+def _decode_bytes(gemma: Gemma, shape: Shape) -> int | None:
+    """Return what `Result.decode_bytes` is."""
     if not shape.decode:
         return None
+    cache = gemma.runner.cache
     seen = shape.depth + shape.prompt + shape.decode // 2
-    slots = sum(min(layer.attention.window, seen) for layer in model.layers)
-    return model.weight_bytes + 2 * slots * model.slot_bytes
+    read = sum(2 * min(cache.window(spec), seen) * cache.row_bytes(index) for index, spec in enumerate(cache.specs))
+    return gemma.gpu_bytes["weights"] + read
 
 
-async def _profiled(result: Result, model: Model, ids: Sequence[int]) -> Result:
-    """With the GPU's time for the prompt, and for one token after it."""
-    device, shape = model.device, result.shape
-    started = time.perf_counter()
-    model.begin(np.array(ids, np.uint32), Sampling(temperature=0))
-    prefill: list[tuple[list[Program], list[float]]] = []
-    for start in range(shape.depth, len(ids), model.prefill_chunk):
-        count = min(model.prefill_chunk, len(ids) - start)
-        programs = [model.chunk_program(start, count)]
-        if start + count == len(ids):
-            programs += model.sample_programs
-        prefill.append((programs, (await device.profile(programs)).tolist()))
-    begun = time.perf_counter()
+async def _profiled(result: Result, runner: Runner, ids: Sequence[int]) -> Result:
+    """Add the GPU's time for the prompt `ids`, whose depth is in the cache, and for one token after it.
+
+    Unlike elsewhere, the lock is held during the waits too: other threads' work would be in the times.
+    """
+    device, shape = runner.device, result.shape
     steps = min(_PROFILED_STEPS, shape.decode)
-    decode = []
-    for _ in range(steps):
-        decode.append((model.decode_programs, ((await device.profile(model.decode_programs)) / steps).tolist()))
-    ended = time.perf_counter()
-    model.sequence.forget()
+    prefill: list[_Profile] = []
+    decode: list[_Profile] = []
+    with device.lock:
+        started = time.perf_counter()
+        lease = runner.begin(ids, shape.depth)
+        try:
+            while left := len(ids) - lease.computed:
+                if left > runner.prefill_chunk:
+                    programs = [runner.chunk(lease, runner.prefill_chunk)]
+                else:
+                    programs = runner.finish_programs(lease, left, _GREEDY)
+                prefill.append((programs, (await device.profile(programs)).tolist()))
+            begun = time.perf_counter()
+            runner.set_rows([Row(lease, len(ids), _GREEDY)])
+            for _ in range(steps):
+                programs = runner.step_programs()
+                decode.append((programs, (await device.profile(programs)).tolist()))
+            ended = time.perf_counter()
+        finally:
+            lease.end("this text was only timed")
     if shape.prefill:
         result = replace(result, prefill_kernels=_by_kernel(prefill), prefill_profiled=begun - started)
     if shape.decode:
@@ -551,8 +594,12 @@ async def _profiled(result: Result, model: Model, ids: Sequence[int]) -> Result:
     return result
 
 
-def _by_kernel(profiles: Iterable[tuple[list[Program], list[float]]], steps: int = 1) -> list[Kernel]:
-    """The slowest first; dispatches are those of one step."""
+_Profile = tuple[list[Program], list[float]]
+"""Some programs, and the seconds of each of their dispatches."""
+
+
+def _by_kernel(profiles: Iterable[_Profile], steps: int = 1) -> list[Kernel]:
+    """Sum up profiles of so many equal steps: the mean of a step, with the slowest kernel first."""
     sums: dict[tuple[str, tuple[int, int, int]], tuple[int, float]] = {}
     for programs, seconds in profiles:
         dispatches = chain.from_iterable(program.dispatches for program in programs)
@@ -560,73 +607,99 @@ def _by_kernel(profiles: Iterable[tuple[list[Program], list[float]]], steps: int
             key = dispatch.pipeline.label, dispatch.workgroups
             count, total = sums.get(key, (0, 0.0))
             sums[key] = count + 1, total + duration
-    kernels = [Kernel(*key, count // steps, total) for key, (count, total) in sums.items()]
+    kernels = [Kernel(*key, count // steps, total / steps) for key, (count, total) in sums.items()]
     return sorted(kernels, key=lambda kernel: -kernel.seconds)
 
 
 async def read_bandwidth(device: Device) -> float:
-    """Bytes a second that the read kernel reaches at best on a buffer that no cache holds."""
+    """Return the bytes per second that the read kernel reaches at best on a buffer that no cache holds."""
     workgroups = 256 if device.info.type == "CPU" else 2048  # large shares, but enough of them for all threads
     unit = READ_STEP * workgroups
     size = min(_READ_BYTES, device.limits.max_storage_buffer_binding_size, device.limits.max_buffer_size)
+    kernels = Kernels(device, half=False)
     words = device.buffer(size // unit * unit, "words to read")
     out = device.buffer(unit, "their sums")
     try:
-        program = device.record([Kernels(device, half=False).read(words, out, workgroups=workgroups)])
+        program = record(device, [kernels.read(words, out, workgroups=workgroups)])
         return words.size / await pass_seconds(device, program, out)
     finally:
+        kernels.close()
         words.destroy()
         out.destroy()
 
 
 async def pass_seconds(device: Device, program: Program, out: Buffer) -> float:
-    """Seconds that a program takes at best, which writes `out`; many times over, so that a wait does not count."""
-    await device.read(out, 0, 4, after=[program])  # compiled
+    """Return the seconds that a program, which writes `out`, takes at best.
+
+    It runs many times in a row, so that the wait for the GPU does not count.
+    """
+
+    async def run(passes: int) -> float:
+        with device.lock:
+            started = time.perf_counter()
+            reading = device.read(out, 0, 4, after=[program] * passes)
+        await reading
+        return time.perf_counter() - started
+
+    await run(1)  # this compiles it
     best, passes = math.inf, 1
     for _ in range(3):
-        while True:
-            started = time.perf_counter()
-            await device.read(out, 0, 4, after=[program] * passes)
-            elapsed = time.perf_counter() - started
-            if elapsed >= _READ_SECONDS:
-                break
+        while (elapsed := await run(passes)) < _READ_SECONDS:
             passes *= 2
         best = min(best, elapsed / passes)
     return best
 
 
-async def _host_time(model: Model, tokenizer: Tokenizer) -> HostTime:
-    device = model.device
-    idle = [
-        device.record([replace(dispatch, workgroups=(0, 0, 0)) for dispatch in program.dispatches])
-        for program in model.decode_programs
-    ]
-    alone, beside = [], []
+async def _host_time(runner: Runner, tokenizer: Tokenizer) -> HostTime:
+    return HostTime(Figure.of(await _times_alone(runner)), Figure.of(await _times_beside_shaders(runner, tokenizer)))
+
+
+async def _times_alone(runner: Runner) -> list[float]:
+    """Return the seconds that the host takes for steps of decode whose dispatches have no workgroups."""
+    device = runner.device
+    with device.lock:
+        idle = [
+            device.record([replace(dispatch, workgroups=(0, 0, 0)) for dispatch in program.dispatches])
+            for program in runner.decode_programs()
+        ]
+    times: list[float] = []
     begun = time.perf_counter()
-    for _ in range(_HOST_STEPS):
-        started = time.perf_counter()
-        reading = device.read(model.tokens, 0, 4, after=idle)
-        alone.append(time.perf_counter() - started)
+    while len(times) < _HOST_STEPS and time.perf_counter() - begun < _HOST_SECONDS:
+        with device.lock:
+            started = time.perf_counter()
+            reading = device.read(runner.cache.keys(0), 0, 4, after=idle)
+            times.append(time.perf_counter() - started)
         await reading
-        if time.perf_counter() - begun > _HOST_SECONDS:
-            break
-    model.begin(np.array([tokenizer.bos_id], np.uint32), Sampling(temperature=0))
-    await model.prefill()
-    await model.sample(1)
-    begun = time.perf_counter()
-    for position in range(2, min(_HOST_STEPS + 2, model.context_length + 1)):
-        started = time.perf_counter()
-        reading = model.decode(position)
-        beside.append(time.perf_counter() - started)
+    return times
+
+
+async def _times_beside_shaders(runner: Runner, tokenizer: Tokenizer) -> list[float]:
+    """Return the seconds that the host takes for real steps of decode."""
+    lock = runner.device.lock
+    with lock:
+        lease = runner.begin([tokenizer.bos_id], 0)
+    try:
+        with lock:
+            reading = runner.finish(lease, 1, _GREEDY)
         await reading
-        if time.perf_counter() - begun > _HOST_SECONDS:
-            break
-    model.sequence.forget()
-    return HostTime(Figure.of(alone), Figure.of(beside))
+        row = Row(lease, 1, _GREEDY)
+        times: list[float] = []
+        most, begun = min(_HOST_STEPS, runner.context_length - 1), time.perf_counter()
+        while len(times) < most and time.perf_counter() - begun < _HOST_SECONDS:
+            with lock:
+                runner.set_rows([row])
+                started = time.perf_counter()
+                reading = runner.step()
+                times.append(time.perf_counter() - started)
+            await reading
+        return times
+    finally:
+        with lock:
+            lease.end("this text was only timed")
 
 
 def evict(files: Iterable[Path]) -> None:
-    """Ask the system to keep nothing of `files` in memory, where it can be asked."""
+    """Ask the system to keep nothing of `files` in memory, if it can be asked."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in files:
@@ -635,13 +708,13 @@ def evict(files: Iterable[Path]) -> None:
 
 
 def model_hash(files: Sequence[Path]) -> str:
-    """SHA-256 of a model: of a model folder's manifest, which has those of its other files; of a single file; else
-    of the SHA-256 of all files in the order of their names."""
+    """Return the SHA-256 of a model, in hexadecimal.
+
+    It is that of a model folder's manifest, which has those of its other files; or that of a single file; or else
+    that of the SHA-256 of all files in the order of their names. Raises OSError if a file cannot be read.
+    """
     chosen = [path for path in files if path.name == MANIFEST] or sorted(files)
-    digests = []
-    for path in chosen:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256"))
+    digests = [sha256(path) for path in chosen]
     if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+        return digests[0]
+    return hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()

@@ -1,4 +1,4 @@
-"""What a benchmark found, to be read: as Markdown, as CSV, as a picture."""
+"""The findings of a benchmark for readers: as Markdown, as CSV and as a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from gemma_wgpu.bench.run import OURS, Figure, Kernel, Report, Result
 from gemma_wgpu.errors import RequestError
 
-_MOST_KERNELS = 8  # rows of a table
+_MOST_KERNELS = 8  # a table has so many rows for kernels
 _COLUMNS = [
     *("engine", "prefill", "decode", "depth", "phase", "tokens_per_second", "min", "max"),
     *("first_token_seconds", "bytes_per_second", "bandwidth"),
@@ -30,7 +30,7 @@ _CARD = [
 
 @dataclass(frozen=True)
 class Table:
-    """With a `head` of column names. A row that is in `void` has figures that are not to be relied on."""
+    """A table with a `head` of column names. The figures of the rows whose indices are in `void` do not count."""
 
     title: str
     head: list[str]
@@ -38,17 +38,18 @@ class Table:
     void: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        """As Markdown."""
+        """Return the table as Markdown."""
         cells = [self.head, ["---"] * len(self.head), *self.rows]
         return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 Lines = dict[str, list[tuple[int, Figure]]]
+"""The lines of a plot by name: their points x, and y with its spread."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What a plot shows: `lines` of points (x, y with its spread), by their names."""
+    """A plot: its title, what its axes are, and its lines."""
 
     title: str
     x: str
@@ -57,7 +58,7 @@ class Panel:
 
 
 def card(reports: Sequence[Report]) -> Table:
-    """Reports beside each other, in the columns in which LiteRT publishes the speed of its models, and some more."""
+    """Return reports beside each other, in the columns in which LiteRT publishes the speed of its models and more."""
     rows: list[list[str]] = []
     void: list[int] = []
     for number, report in enumerate(reports, 1):
@@ -101,7 +102,7 @@ def _megabytes(nbytes: int) -> str:
 
 
 def title(report: Report) -> str:
-    """What was measured, on what and when."""
+    """Return what was measured, on what and when."""
     return (
         f"{report.model} {report.quantization}, {report.precision}, {report.activations} activations, on "
         f"{report.adapter} with {report.tuning}; {report.machine}; "
@@ -110,14 +111,14 @@ def title(report: Report) -> str:
 
 
 def warnings(report: Report) -> list[str]:
-    """What a reader of the figures must know first."""
+    """Return what a reader of the figures must know first."""
     found = []
     match = report.match
     if match and match.same < match.tokens:
         wrong = f"{match.tokens - match.same} of {match.tokens} tokens are not those of {match.source}"
-        found.append(f"INVALID: {wrong}. Whatever was measured, it is not this model.")
+        found.append(f"INVALID: {wrong}. So it was not this model that was measured.")
     elif not report.valid:
-        found.append("INVALID: the same prompt gave other tokens in another run.")
+        found.append("INVALID: the same prompt gave different tokens in different runs.")
     if report.adapter.type == "CPU":
         found.append(
             f"{report.adapter} is the CPU, which stands in for a GPU: these figures say nothing about any GPU."
@@ -126,7 +127,7 @@ def warnings(report: Report) -> list[str]:
 
 
 def tables(report: Report) -> list[Table]:
-    """Of speed, of the peers' beside ours, of what else was measured, and of the GPU's time by kernel."""
+    """Return the tables of speed, of our speed beside the peers', of other facts, and of the GPU's time by kernel."""
     found = [Table("Speed", ["engine", "test", "tokens/s", "first token", "GB/s", "of bandwidth"], _speeds(report))]
     if ratios := list(_ratios(report)):
         found.append(Table("Peers", ["test", "peer", f"{OURS} : peer", "same first tokens"], ratios))
@@ -145,7 +146,7 @@ def tables(report: Report) -> list[Table]:
 
 
 def runs(report: Report) -> Table:
-    """Every run, those to warm up too."""
+    """Return the table of all runs, those to warm up too."""
     rows = [
         [
             result.engine,
@@ -162,7 +163,7 @@ def runs(report: Report) -> Table:
 
 
 def markdown(report: Report) -> str:
-    """All tables, but for that of the single runs."""
+    """Return all tables but that of the single runs."""
     return "\n\n".join([title(report), *warnings(report), *map(str, tables(report))]) + "\n"
 
 
@@ -207,7 +208,7 @@ def _facts(report: Report) -> list[list[str]]:
         "bandwidth": f"{report.bandwidth / 1e9:.1f} GB/s, reading",
         "a token at decode": f"{report.dispatches_per_token} dispatches, for which the host takes "
         f"{_scaled(host.alone, 1e6)} µs alone, {_scaled(host.beside_shaders, 1e6)} µs beside the shaders",
-        "first run": f"{report.results[0].warm_up.prefill_seconds:.2f} s until the first token, shaders compiled",
+        "first run": f"{report.results[0].warm_up.prefill_seconds:.2f} s until the first token, shaders included",
     }
     for result in report.results:
         if percentiles := result.token_percentiles:
@@ -234,12 +235,12 @@ def _facts(report: Report) -> list[list[str]]:
 
 
 def _load(how: str, seconds: float, stages: dict[str, float]) -> str:
-    parts = ", ".join(f"{name} {duration:.2f}" for name, duration in stages.items())
-    return f"{seconds:.2f} s {how}" + (f" ({parts})" if parts else "")
+    times = ", ".join(f"{name} {duration:.2f}" for name, duration in stages.items())
+    return f"{seconds:.2f} s {how}" + (f" ({times})" if times else "")
 
 
 def _kernels(result: Result, what: str, kernels: list[Kernel], profiled: float) -> Iterator[list[str]]:
-    """With what they leave of the time that went by."""
+    """Yield the rows of some kernels, and what they leave of the time that went by."""
     total = max(profiled, sum(kernel.seconds for kernel in kernels))
     rest = kernels[_MOST_KERNELS:]
     rows = [(k.shader, "×".join(map(str, k.workgroups)), k.dispatches, k.seconds) for k in kernels[:_MOST_KERNELS]]
@@ -253,7 +254,7 @@ def _kernels(result: Result, what: str, kernels: list[Kernel], profiled: float) 
 
 
 def to_csv(*reports: Report) -> str:
-    """A row for each report, engine, shape and phase."""
+    """Return CSV with a row for each report, engine, shape and phase."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -272,7 +273,7 @@ def to_csv(*reports: Report) -> str:
 
 
 def pyplot() -> Any:
-    """matplotlib's, drawing to files. Raises RequestError where it is not installed."""
+    """Return matplotlib.pyplot, which draws to files. Raises RequestError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -284,10 +285,9 @@ def pyplot() -> Any:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw into a file the speed of decode over the depth, that of prefill over the length of the prompt, and the
-    GPU's time for a layer's attention at decode over the depth, where it is known.
+    """Draw the `panels` of a report into a file.
 
-    Raises RequestError where matplotlib is not installed or the file cannot be written.
+    Raises RequestError if matplotlib is not installed, or if the file cannot be written.
     """
     plt = pyplot()
     drawn = panels(report)
@@ -313,8 +313,11 @@ def plot(report: Report, path: Path) -> None:
 
 
 def panels(report: Report) -> list[Panel]:
-    """The speed of decode over the depth, that of prefill over the length of the prompt, and the GPU's time for a
-    layer's attention at decode over the depth; those of which there is anything. Points are in the order of x."""
+    """Return the plots of a report that have anything to show; their points are in the order of x.
+
+    They are the speed of decode over the depth, the speed of prefill over the length of the prompt, and the GPU's
+    time for a layer's attention at decode over the depth.
+    """
     found = [
         Panel("Decode", "tokens in the cache", "tokens a second", _decode_lines(report)),
         Panel("Prefill", "tokens of the prompt", "tokens a second", _prefill_lines(report)),
@@ -336,7 +339,7 @@ def _decode_lines(report: Report) -> Lines:
 
 
 def _prefill_lines(report: Report) -> Lines:
-    """At the smallest depth alone: all of them would be too many."""
+    """Return the lines at the smallest depth alone, since all of them would be too many."""
     depth = min(result.shape.depth for result in report.results)
     lines: Lines = defaultdict(list)
     for result in report.results:

@@ -1,4 +1,4 @@
-"""What the benchmark page asks of Python, in its worker: each answer is JSON, or text to be saved."""
+"""The Python side of the benchmark page, in its worker: it answers questions by JSON, or by text to be saved."""
 
 from __future__ import annotations
 
@@ -17,34 +17,40 @@ from pyodide.ffi import JsException, to_js
 
 from gemma_wgpu.bench import tables
 from gemma_wgpu.bench.micro import MODELS, Timings, time_kernels
-from gemma_wgpu.bench.records import structured
+from gemma_wgpu.bench.records import from_dict
 from gemma_wgpu.bench.run import OURS, Engine, Kernel, Load, Reference, Report, Run, Shape, bench, parse_depths
 from gemma_wgpu.errors import GemmaError, ModelError, RequestError
 from gemma_wgpu.fetch import cache
 from gemma_wgpu.fetch.hub import hosted
 from gemma_wgpu.gemma import Gemma, load_async
 from gemma_wgpu.gpu import open_device
-from gemma_wgpu.ops.tuning import tuned
+from gemma_wgpu.ops.tuner import tuned
+from gemma_wgpu.progress import OnProgress, Progress
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.weights.manifest import MANIFEST, Manifest
 
 _MOST_BARS = 8
 _PEERS = {"transformers.js", "wllama"}
-Progress = Callable[[str, int, int], None]
 Settings = dict[str, Any]
+Show = Callable[[str, int, int], None]
+"""Shows the page what is being done, how much of it is done, and how much there is in all, or 0."""
 
 
 class Page:
-    """Answers one question at a time. `site` is what site.json says, `open_peer` what peers.js exports."""
+    """Answers one question at a time. `site` is the content of site.json; peers.js exports `open_peer`."""
 
     def __init__(self, site: str, open_peer: Callable[..., Awaitable[Any]]) -> None:
         self._site: dict[str, Any] = json.loads(site)
         self._open_peer = open_peer
         self._task: asyncio.Task[str] | None = None
 
-    async def answer(self, question: str, argument: str, progress: Progress) -> str:
-        """A JSON object with an "answer", an "error", or with neither where `cancel` was called."""
-        ask: Callable[[Any, Progress], Coroutine[Any, Any, str]] = getattr(self, f"ask_{question}")
+    async def answer(self, question: str, argument: str, show: Show) -> str:
+        """Return a JSON object with an "answer", with an "error", or with neither if `cancel` was called."""
+        ask: Callable[[Any, OnProgress], Coroutine[Any, Any, str]] = getattr(self, f"ask_{question}")
+
+        def progress(step: Progress) -> None:
+            show(step.what, step.done, step.total)
+
         self._task = asyncio.create_task(ask(json.loads(argument), progress))
         try:
             return json.dumps({"answer": await self._task})
@@ -60,8 +66,8 @@ class Page:
         if self._task is not None:
             self._task.cancel()
 
-    async def ask_adapter(self, _: None, progress: Progress) -> str:
-        """Which GPU it is, and what it can do."""
+    async def ask_adapter(self, _: None, progress: OnProgress) -> str:
+        """Return which GPU this is, and what it can do."""
         device = await open_device()
         device.close()
         found = {
@@ -80,8 +86,8 @@ class Page:
         }
         return json.dumps(found)
 
-    async def ask_measure(self, settings: Settings, progress: Progress) -> str:
-        """A report, measured."""
+    async def ask_measure(self, settings: Settings, progress: OnProgress) -> str:
+        """Measure a model, and return the report."""
         name = settings["model"]
         depths = parse_depths(settings["depths"])
         shapes = [replace(Shape.parse(text), depth=depth) for depth in depths for text in settings["shapes"]]
@@ -89,7 +95,7 @@ class Page:
             raise RequestError("there is no shape to time; choose one")
         folder = hosted(name)
         if folder is None:
-            raise ModelError(f"{name}: not the address of a model folder; give one, or drop the files of one")
+            raise ModelError(f"{name}: this is not the address of a model folder; give one, or drop the files of one")
         listing = await folder.read(MANIFEST)
         manifest = Manifest.from_web(listing, f"{folder.url}/{MANIFEST}")
         files = (manifest.config, manifest.vocabulary, *manifest.shards)
@@ -102,7 +108,7 @@ class Page:
         with gemma, ExitStack() as stack:
             peers = []
             for peer in settings["peers"]:
-                progress(f"loading {peer['kind']} and its model", 0, 0)
+                progress(Progress(f"loading {peer['kind']} and its model", 0, 0))
                 opened = await self._peer(peer, gemma.tokenizer, max(shape.context for shape in shapes))
                 peers.append(stack.enter_context(closing(opened)))
             report = await bench(
@@ -110,7 +116,7 @@ class Page:
                 shapes,
                 repetitions=settings["repetitions"],
                 peers=peers,
-                reference=structured(Reference, known) if known else None,
+                reference=from_dict(Reference, known) if known else None,
                 progress=progress,
             )
             report = replace(
@@ -124,8 +130,8 @@ class Page:
             )
         return report.to_json()
 
-    async def ask_kernels(self, settings: Settings, progress: Progress) -> str:
-        """Timings of the kernels by themselves, and a table of them."""
+    async def ask_kernels(self, settings: Settings, progress: OnProgress) -> str:
+        """Time the kernels by themselves; return the timings, and a table of them."""
         device = await open_device()
         with closing(device):
             half = settings["precision"] != "f32" and "shader-f16" in device.features
@@ -140,8 +146,8 @@ class Page:
         table = _kernel_table(timings, str(device.info))
         return json.dumps({"timings": asdict(timings), "table": asdict(table)})
 
-    async def ask_show(self, texts: list[str], progress: Progress) -> str:
-        """Tables and plots of reports, which are JSON."""
+    async def ask_show(self, texts: list[str], progress: OnProgress) -> str:
+        """Return the tables and plots of reports, which are given as JSON."""
         reports = [Report.from_json(text) for text in texts]
         shown = {
             "card": asdict(tables.card(reports)),
@@ -163,42 +169,42 @@ class Page:
         }
         return json.dumps(shown)
 
-    async def ask_markdown(self, texts: list[str], progress: Progress) -> str:
-        """Reports as Markdown, one after the other below what compares them."""
+    async def ask_markdown(self, texts: list[str], progress: OnProgress) -> str:
+        """Return reports as Markdown, one after the other below the table that compares them."""
         reports = [Report.from_json(text) for text in texts]
         return "\n\n".join([str(tables.card(reports)), *map(tables.markdown, reports)])
 
-    async def ask_csv(self, texts: list[str], progress: Progress) -> str:
-        """Reports as one CSV file."""
+    async def ask_csv(self, texts: list[str], progress: OnProgress) -> str:
+        """Return reports as one CSV file."""
         return tables.to_csv(*map(Report.from_json, texts))
 
     async def _peer(self, peer: dict[str, str], tokenizer: Tokenizer, context: int) -> Peer:
         try:
             opened = await self._open_peer(peer["kind"], peer["library"], peer["model"], context)
         except JsException as error:
-            raise RequestError(f"{peer['kind']} cannot be had: {' '.join(error.message.split())}") from error
+            raise RequestError(f"{peer['kind']} cannot be loaded: {' '.join(error.message.split())}") from error
         return Peer(peer["kind"], opened, tokenizer)
 
 
 class Peer(Engine):
-    """What peers.js opens."""
+    """An engine that peers.js has opened."""
 
     def __init__(self, name: str, opened: Any, tokenizer: Tokenizer) -> None:
         self.name, self._opened, self._tokenizer = name, opened, tokenizer
         self.versions = opened.versions.to_py()
 
     async def fill(self, ids: Sequence[int]) -> None:
-        """As Engine says."""
+        """Make the cache hold `ids` and no more."""
         await self._call(self._opened.fill(*self._given(ids)))
 
     async def run(self, ids: Sequence[int], decode: int) -> Run:
-        """As Engine says."""
+        """Compute `ids` after what the cache holds, then `decode` tokens after the first new one."""
         found = await self._call(self._opened.run(*self._given(ids), decode))
         prefill, *others = found.seconds.to_py()
         return Run(found.cached, prefill, sum(others), found.ids.to_py(), others)
 
     def close(self) -> None:
-        """As Engine says."""
+        """Free the memory of the engine."""
         self._opened.close()
 
     def _given(self, ids: Sequence[int]) -> tuple[Any, str]:
@@ -211,17 +217,17 @@ class Peer(Engine):
             raise RequestError(f"{self.name} failed: {' '.join(error.message.split())}") from error
 
 
-async def _load(settings: Settings, progress: Progress) -> tuple[Gemma, Load]:
-    """The model, and how long it took: once more from the browser's storage where it had to be downloaded."""
+async def _load(settings: Settings, progress: OnProgress) -> tuple[Gemma, Load]:
+    """Return the model, and how long it took to load. If it was downloaded, it is loaded again as it is kept."""
 
     async def load(how: str) -> tuple[Gemma, float, dict[str, float]]:
-        progress(how, 0, 0)
+        progress(Progress(how, 0, 0))
         started = time.perf_counter()
         gemma = await load_async(
             settings["model"],
             precision=settings["precision"],
             context_length=settings["context"],
-            progress=lambda done, total: progress(how, done, total),
+            progress=lambda step: progress(replace(step, what=how)),
         )
         return gemma, time.perf_counter() - started, gemma.load_seconds
 
@@ -234,26 +240,26 @@ async def _load(settings: Settings, progress: Progress) -> tuple[Gemma, Load]:
 
 
 async def _machine() -> str:
-    """Browser and system, as far as they tell."""
+    """Return what the browser and the system tell of themselves."""
     navigator = js.navigator
-    parts = [navigator.userAgent]
-    with suppress(AttributeError, JsException):  # Chromium's alone
+    told = [navigator.userAgent]
+    with suppress(AttributeError, JsException):  # only Chromium has this
         hints = ["platform", "platformVersion", "architecture", "fullVersionList"]
         said = (await navigator.userAgentData.getHighEntropyValues(to_js(hints))).to_py()
         brands = ", ".join(f"{brand['brand']} {brand['version']}" for brand in said["fullVersionList"])
-        parts = [brands, " ".join(filter(None, (said["platform"], said["platformVersion"], said["architecture"])))]
-    return "; ".join([*filter(None, parts), f"{navigator.hardwareConcurrency} cores"])
+        told = [brands, " ".join(filter(None, (said["platform"], said["platformVersion"], said["architecture"])))]
+    return "; ".join([*filter(None, told), f"{navigator.hardwareConcurrency} cores"])
 
 
 def _host_bytes() -> dict[str, int]:
     found = {"Python's memory": pyodide_js._module.HEAPU8.length}
-    with suppress(AttributeError):  # Chromium's alone
+    with suppress(AttributeError):  # only Chromium has this
         found["JavaScript's heap"] = js.performance.memory.usedJSHeapSize
     return found
 
 
 def _headline(report: Report) -> Iterator[tuple[str, str, str]]:
-    """The best of each speed: a figure, its unit, and what it is."""
+    """Yield the best of each speed: a figure, its unit, and what it is."""
     ours = [result for result in report.results if result.engine == OURS]
     for what, speeds in (
         ("Prefill", [(result.prefill.median, result) for result in ours if result.prefill]),
@@ -275,7 +281,7 @@ def _labels(reports: Sequence[Report]) -> Iterator[tuple[str, Report]]:
 
 
 def _panels(reports: Sequence[Report]) -> Iterator[dict[str, Any]]:
-    """Those of all reports in which there is a line to draw, one for each title."""
+    """Yield the plots of all reports together, one for each title, if there is a line to draw in it."""
     found: dict[str, dict[str, Any]] = {}
     for label, report in _labels(reports):
         for panel in tables.panels(report):
@@ -288,7 +294,7 @@ def _panels(reports: Sequence[Report]) -> Iterator[dict[str, Any]]:
 
 
 def _bars(reports: Sequence[Report]) -> Iterator[dict[str, Any]]:
-    """Milliseconds of the GPU by kernel, of prompts and of tokens."""
+    """Yield the milliseconds of the GPU by kernel, once for prompts and once for tokens."""
     for what in ("prefill", "decode"):
         sets: dict[str, dict[str, float]] = {}
         for label, report in _labels(reports):

@@ -1,6 +1,6 @@
-"""Where requests share the GPU.
+"""The place where the clients of the server share the GPU.
 
-The rest of the server knows of it that a request is submitted and is a stream, which can be cancelled by itself.
+The rest of the server knows that a job is submitted and is a stream, which can be cancelled by itself.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
-from gemma_wgpu.engine.request import Piece, Stats, Text
+from gemma_wgpu.engine.request import Piece, Request, Stats
 from gemma_wgpu.errors import DeviceError, GemmaError
 from gemma_wgpu.gemma import Gemma
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class BusyError(GemmaError):
-    """As many requests are waiting as may; another one can be made in `retry_after` seconds."""
+    """As many jobs are waiting as may; the client can try again in `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
         super().__init__(f"{waiting} requests are waiting already; try again in {retry_after} s")
@@ -32,30 +32,30 @@ class BusyError(GemmaError):
 
 
 class StoppedError(GemmaError):
-    """The turn was cancelled before it ended."""
+    """The job was cancelled before it ended."""
 
     def __init__(self) -> None:
         super().__init__("the server stopped before this request was done; try again")
 
 
-class Turn:
-    """The texts of one request, waiting or under way.
+class Job:
+    """The texts that one client asked for at once, waiting or under way.
 
-    Iterate over (index of the text, its next Piece), where a Piece of None is its end; on the event loop that
-    submitted it. Raises StoppedError where it was cancelled, and what its generation raises.
+    Iterate over (index of the text, its next Piece), on the event loop that submitted it. A Piece of None is the end
+    of a text. Raises StoppedError if the job was cancelled, and the error that ended one of its texts.
     """
 
-    def __init__(self, texts: Sequence[Text]) -> None:
-        self.texts = texts
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
         self.submitted = time.perf_counter()
         self.cancelled = False
-        self.to_begin = deque(enumerate(texts))
+        self.to_begin = deque(enumerate(requests))
         self.running = 0  # texts
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[tuple[int, Piece | None] | Exception] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | None]]:
-        left = len(self.texts)
+        left = len(self.requests)
         while left:
             item = await self._items.get()
             if isinstance(item, Exception):
@@ -65,16 +65,17 @@ class Turn:
 
     @property
     def waits(self) -> bool:
-        """Whether none of its texts has begun."""
-        return len(self.to_begin) == len(self.texts) and not self.cancelled
+        """Say whether none of its texts has begun."""
+        return len(self.to_begin) == len(self.requests) and not self.cancelled
 
-    def cancel(self) -> None:
-        """End it: at once where it waits, after a token or a chunk of the prompt where it runs.
+    def cancel(self, error: Exception | None = None) -> None:
+        """End it by an error, a StoppedError if none is given.
 
-        Idempotent, from any thread. Other requests go on.
+        It ends at once if it waits, and after a token or a chunk of the prompt if it runs. Other jobs go on. This is
+        idempotent, and can be called from any thread.
         """
         self.cancelled = True
-        self.put(StoppedError())
+        self.put(error or StoppedError())
 
     def put(self, item: tuple[int, Piece | None] | Exception) -> None:
         """Hand something over, from any thread."""
@@ -82,74 +83,80 @@ class Turn:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Place:
-    """Of a text under way: whose it is, which one of them, and the seconds for which it waited."""
+    """The place of a text under way: its job, its index there, and the seconds for which it waited."""
 
-    turn: Turn
+    job: Job
     index: int
     waited: float
 
 
 class Engine:
-    """Generates the texts of requests, up to `batch_size` side by side; they join and leave between two steps.
+    """Generates the texts of jobs, up to `batch_size` side by side; they join and leave between two steps.
 
-    They are on a thread of its own, since a GPU is driven by one thread, and nobody else may use `gemma`. `waiting`
-    texts may wait beside those under way. `on_end` is called on that thread with the figures of each text that came
-    to an end, why it did, and the seconds that it waited. A context manager: `close` stops what runs.
+    They are generated on a thread of the engine's own. `waiting` texts may wait beside those under way. `on_end` is
+    called on that thread with the figures of each text that has ended, why it did, and the seconds that it waited.
+    `failure` is the GPU's error in the last step, if there was one. The engine is a context manager: `close` stops
+    what runs.
 
-    Raises DeviceError where the GPU's memory is exhausted.
+    Raises DeviceError if the GPU's memory is exhausted.
     """
 
     def __init__(
         self, gemma: Gemma, batch_size: int, waiting: int, on_end: Callable[[Stats, str, float], None]
     ) -> None:
-        self.failure: DeviceError | None = None  # of the last step
+        self.failure: DeviceError | None = None
         self._device = gemma.device
-        self._scheduler = gemma.scheduler(batch_size)
+        self._scheduler = gemma.scheduler
+        self._scheduler.reserve(batch_size)
         self._batch_size = batch_size
         self._most = batch_size + waiting
         self._on_end = on_end
-        self._turns: list[Turn] = []  # that have not ended
-        self._places: dict[Text, _Place] = {}
+        self._jobs: list[Job] = []  # those that have not ended
+        self._places: dict[Request, _Place] = {}
         self._closed = False
-        self._seconds = 1.0  # that a turn lasts, by and large
+        self._seconds = 1.0  # for which a job lasts, on average
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="gemma_wgpu engine", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
-        return sum(turn.waits for turn in self._turns)
+        """Return how many jobs wait."""
+        return sum(job.waits for job in self._jobs)
 
     @property
     def running(self) -> int:
-        """Requests under way."""
-        return sum(turn.running > 0 for turn in self._turns)
+        """Return how many jobs are under way."""
+        return sum(job.running > 0 for job in self._jobs)
 
-    def submit(self, texts: Sequence[Text]) -> Turn:
-        """Generate the texts of a request, none of which has begun.
+    def submit(self, requests: Sequence[Request]) -> Job:
+        """Generate the texts of a client, none of which has begun.
 
-        Raises BusyError where too many wait, StoppedError after `close`.
+        Raises BusyError if too many wait, and StoppedError after `stop` and `close`.
         """
-        turn = Turn(texts)
+        job = Job(requests)
         with self._changed:
             if self._closed:
                 raise StoppedError
-            if sum(turn.running + len(turn.to_begin) for turn in self._turns) >= self._most:
+            if sum(job.running + len(job.to_begin) for job in self._jobs) >= self._most:
                 raise BusyError(self.waiting, min(max(math.ceil(self._seconds), 1), 60))
-            self._turns.append(turn)
+            self._jobs.append(job)
             self._changed.notify()
-        return turn
+        return job
 
-    def close(self) -> None:
-        """Cancel all turns, and wait until the GPU is left alone. Idempotent."""
+    def stop(self) -> None:
+        """Cancel all jobs, and take no others. It does not wait for them, and is idempotent."""
         with self._changed:
             self._closed = True
-            for turn in self._turns:
-                turn.cancel()
+            for job in self._jobs:
+                job.cancel()
             self._changed.notify()
+
+    def close(self) -> None:
+        """Do what `stop` does, and wait until the GPU is left alone. It is idempotent."""
+        self.stop()
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -161,54 +168,61 @@ class Engine:
     def _work(self) -> None:
         while self._admit():
             try:
-                pieces = self._device.wait(self._scheduler.step())
+                self._device.wait(self._scheduler.advance())
             except Exception as error:
-                self._fail(error)
-            else:
-                self._hand_over(pieces)
+                self._scheduler.clear(error)
+            self._hand_over()
 
     def _admit(self) -> bool:
-        """Let go of what has ended, wait for something to do, and begin what there is room for; False is the end."""
+        """Let go of what has ended, wait for something to do, and begin what there is room for.
+
+        Returns False if the engine was closed and nothing is left to do.
+        """
         with self._changed:
-            for text, place in list(self._places.items()):
-                if place.turn.cancelled:
-                    self._scheduler.remove(text)
-                    self._end(text, "cancelled")
-            ended = [turn for turn in self._turns if not turn.running and (turn.cancelled or not turn.to_begin)]
-            for turn in ended:
-                self._turns.remove(turn)
-                self._seconds += (time.perf_counter() - turn.submitted - self._seconds) / 4
-            self._changed.wait_for(lambda: self._turns or self._closed)
-            for turn in self._turns:
-                while turn.to_begin and not turn.cancelled and len(self._places) < self._batch_size:
-                    index, text = turn.to_begin.popleft()
-                    turn.running += 1
-                    self._places[text] = _Place(turn, index, time.perf_counter() - turn.submitted)
-                    self._scheduler.add(text)
-            return bool(self._turns)
+            for request, place in list(self._places.items()):
+                if place.job.cancelled:
+                    self._scheduler.remove(request)
+                    self._end(request, "cancelled")
+            ended = [job for job in self._jobs if not job.running and (job.cancelled or not job.to_begin)]
+            for job in ended:
+                self._jobs.remove(job)
+                self._seconds += (time.perf_counter() - job.submitted - self._seconds) / 4
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            for job in self._jobs:
+                while job.to_begin and not job.cancelled and len(self._places) < self._batch_size:
+                    index, request = job.to_begin.popleft()
+                    job.running += 1
+                    self._places[request] = _Place(job, index, time.perf_counter() - job.submitted)
+                    try:
+                        self._scheduler.add(request)
+                    except DeviceError as error:  # the model was closed
+                        request.fail(error)
+            return bool(self._jobs)
 
-    def _hand_over(self, pieces: Iterable[tuple[Text, Piece]]) -> None:
-        self.failure = None
-        for text, piece in pieces:
-            place = self._places[text]
-            place.turn.put((place.index, piece))
-        for text, place in list(self._places.items()):
-            if reason := text.stats.finish_reason:
-                place.turn.put((place.index, None))
-                self._end(text, reason)
+    def _hand_over(self) -> None:
+        """Pass on the pieces that have come, and the ends of texts."""
+        errors: set[Exception] = set()
+        good = False
+        for request, place in list(self._places.items()):
+            good = good or bool(request.pieces)
+            while request.pieces:
+                place.job.put((place.index, request.pieces.popleft()))
+            if request.error is not None:
+                errors.add(request.error)
+                self._end(request, "failed")
+                place.job.cancel(request.error)
+            elif request.stats.finish_reason is not None:
+                good = True
+                self._end(request, request.stats.finish_reason)
+                place.job.put((place.index, None))
+        for error in errors:
+            if not isinstance(error, GemmaError):
+                log.error("a step failed", exc_info=error)
+        failures = [error for error in errors if isinstance(error, DeviceError)]
+        if failures or good:
+            self.failure = failures[0] if failures else None
 
-    def _fail(self, error: Exception) -> None:
-        """What was under way has ended by `error`."""
-        if isinstance(error, DeviceError):
-            self.failure = error
-        elif not isinstance(error, GemmaError):
-            log.error("a step failed", exc_info=error)
-        for text, place in list(self._places.items()):
-            place.turn.put(error)
-            place.turn.to_begin.clear()
-            self._end(text, "failed")
-
-    def _end(self, text: Text, reason: str) -> None:
-        place = self._places.pop(text)
-        place.turn.running -= 1
-        self._on_end(text.stats, reason, place.waited)
+    def _end(self, request: Request, reason: str) -> None:
+        place = self._places.pop(request)
+        place.job.running -= 1
+        self._on_end(request.stats, reason, place.waited)

@@ -1,15 +1,18 @@
-"""What requests and responses consist of, as OpenAI's API has it."""
+"""The bodies of HTTP requests and responses, as OpenAI's API has them."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-MOST_CHOICES = 64  # of a request
+from gemma_wgpu.options import RANGES
 
-# Options of OpenAI's that change nothing of the text; and of others, the values that ask for what is done anyway.
+MOST_CHOICES = 64  # texts of one HTTP request
+
+# These are options of OpenAI's. The first ones do not change the text. The others ask with these values for what is
+# done anyway.
 _IGNORED = {
     "user",
     "metadata",
@@ -27,7 +30,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 class _Checked(BaseModel):
-    """Refuses what it does not know, but for values that ask for nothing: null, 0, false, and what is empty."""
+    """Refuses options that it does not know, unless their values ask for nothing: null, 0, false, and empty ones."""
 
     model_config = ConfigDict(
         extra="allow", json_schema_extra={"additionalProperties": False}, strict=True, allow_inf_nan=False
@@ -42,35 +45,57 @@ class _Checked(BaseModel):
 
 
 class StreamOptions(_Checked):
-    """Of a stream."""
+    """The options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Options(_Checked):
-    """What both kinds of completion take. Where an option is left out, it is what Gemma's authors recommend."""
+# What these must be is described here, and checked where it is needed.
+_StopString = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+_ContentPart = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+            "required": ["type", "text"],
+        }
+    ),
+]
+
+
+def _described(name: str) -> WithJsonSchema:
+    """Describe the range of an option that OpenAI does not have. `gemma_wgpu.Options` checks it."""
+    range_ = RANGES[name]
+    return WithJsonSchema(
+        {"type": "integer" if range_.whole else "number", "minimum": range_.low, "maximum": range_.high}
+    )
+
+
+class Body(_Checked):
+    """The options of both kinds of completion. If one is left out, it is what Gemma's authors recommend."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    top_k: Annotated[int, _described("top_k")] | None = None
+    min_p: Annotated[float, _described("min_p")] | None = None
+    repetition_penalty: Annotated[float, _described("repetition_penalty")] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: _StopString | Annotated[list[_StopString], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
+        """Say whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Options:
+    def _check_stream_options(self) -> Body:
         if self.stream_options and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options needs stream", {"name": "stream_options"})
         return self
@@ -80,27 +105,27 @@ class Message(_Checked):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]]
+    content: str | list[_ContentPart]
 
 
-class ChatRequest(Options):
-    """The body of /v1/chat/completions."""
+class ChatBody(Body):
+    """The body of an HTTP request to /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Annotated[list[Message], Field(json_schema_extra={"minItems": 1})]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
-    def _check_logprobs(self) -> ChatRequest:
+    def _check_logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs", {"name": "top_logprobs"})
         return self
 
 
-class CompletionRequest(Options):
-    """The body of /v1/completions."""
+class CompletionBody(Body):
+    """The body of an HTTP request to /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
@@ -108,13 +133,13 @@ class CompletionRequest(Options):
 
 
 class PromptDetails(BaseModel):
-    """Of the prompt's tokens."""
+    """How many of the prompt's tokens were in the cache."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """Tokens that were read and made; the token that ends a text is one."""
+    """How many tokens were read and generated; the token that ends a text counts, too."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -137,14 +162,14 @@ class TokenLogprob(Rival):
 
 
 class ChatLogprobs(BaseModel):
-    """Of the tokens of a reply."""
+    """The log-probabilities of the tokens of a reply."""
 
     content: list[TokenLogprob]
     refusal: None = None
 
     @classmethod
     def of(cls, tokens: list[TokenLogprob] | None) -> ChatLogprobs | None:
-        """None where they were not asked for."""
+        """Return them, or None if they were not asked for."""
         return None if tokens is None else cls(content=tokens)
 
 
@@ -161,7 +186,7 @@ def _is_none(value: object) -> bool:
 
 
 class Delta(BaseModel):
-    """What is new of the assistant's message."""
+    """What the assistant's message has gained."""
 
     role: Annotated[Literal["assistant"] | None, Field(exclude_if=_is_none)] = None
     content: Annotated[str | None, Field(exclude_if=_is_none)] = None
@@ -180,7 +205,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatDelta(BaseModel):
-    """What is new of one of the replies."""
+    """What one of the replies has gained."""
 
     index: int
     delta: Delta
@@ -203,7 +228,7 @@ class ChatCompletion(_Response):
 
 
 class ChatChunk(_Response):
-    """A part of the replies to a chat."""
+    """What the replies to a chat have gained."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatDelta]
@@ -211,7 +236,7 @@ class ChatChunk(_Response):
 
 
 class TextLogprobs(BaseModel):
-    """Of the tokens of a text; `text_offset` is where each begins, in characters."""
+    """The log-probabilities of the tokens of a text; each begins at its `text_offset`, in characters."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -220,7 +245,7 @@ class TextLogprobs(BaseModel):
 
 
 class TextChoice(BaseModel):
-    """One of the texts, or what is new of it."""
+    """One of the texts, or what it has gained."""
 
     index: int
     text: str
@@ -229,7 +254,7 @@ class TextChoice(BaseModel):
 
 
 class Completion(_Response):
-    """The texts that go on from the prompts, or a part of them."""
+    """The texts that go on from the prompts, or what they have gained."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[TextChoice]
@@ -254,7 +279,7 @@ class ModelList(BaseModel):
 
 
 class Error(BaseModel):
-    """What went wrong."""
+    """A description of what went wrong."""
 
     message: str
     type: str
@@ -263,13 +288,13 @@ class Error(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body where something went wrong."""
+    """The body of a response if something went wrong."""
 
     error: Error
 
 
 class Health(BaseModel):
-    """How the server is."""
+    """The state of the server."""
 
     status: Literal["ok", "failing"]
     detail: str | None
