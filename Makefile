@@ -1,4 +1,5 @@
-# make demo: set up and generate text with the embedded default model.   make test: set up and run every check.
+# make demo: set up and generate text with the embedded default model.
+# make test: set up and run every check.   make quick: run those that matter while working.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,11 +8,16 @@ PROMPT ?= The capital of France is
 demo: $(VENV)/.installed
 	$(BIN)/gemma-wgpu generate "$(PROMPT)" --max-new-tokens 64
 
-test: $(VENV)/.installed-test
+test: lint
+	$(BIN)/python -m pytest
+
+quick: lint
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/browser --ignore tests/reference
+
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
 # The site with its notebooks, in site/_output. MODEL is a model to go with it, or none; ONLINE=1 leaves Pyodide at its
 # official address.
@@ -42,4 +48,4 @@ $(VENV)/.installed-site: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) build site/_output
 
-.PHONY: demo test site serve clean
+.PHONY: demo test quick lint site serve clean

@@ -1,4 +1,4 @@
-"""The bf16 model that a quantised one stands for, and plain rounding, for quantisers to be judged by."""
+"""Two measures for quantisers: the bf16 model that a quantised one stands for, and plain rounding."""
 
 from concurrent.futures import Executor
 from pathlib import Path
@@ -7,8 +7,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
 from numpy.typing import NDArray
 
-from gemma_wgpu.ops.layout import Layout, Packed
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights import encodings
+from gemma_wgpu.weights.packed import Packed
 
 _REPLACED = ("general.architecture", "general.file_type", "general.quantization_version")
 _ENCODINGS = {
@@ -17,16 +18,16 @@ _ENCODINGS = {
 }
 
 
-def write(source: Path, out: Path) -> Path:
-    """Write the GGUF `source` as `out`, every matrix dequantised and rounded to bf16, ties to even."""
-    reader = GGUFReader(source)
+def write(original: Path, out: Path) -> Path:
+    """Write the GGUF `original` as `out`, with every matrix dequantised and rounded to bf16, ties to even."""
+    reader = GGUFReader(original)
     architecture = reader.get_field("general.architecture")
     assert architecture is not None
     writer = GGUFWriter(out, architecture.contents())
     writer.add_file_type(LlamaFileType.MOSTLY_BF16)
     for name, field in reader.fields.items():
         if name not in _REPLACED and not name.startswith("GGUF."):
-            # An array's first type is ARRAY, its last one that of the elements.
+            # The first type of an array is ARRAY, and the last one is that of its elements.
             writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
     kind = GGMLQuantizationType.BF16
     for tensor in reader.tensors:
@@ -43,9 +44,10 @@ def write(source: Path, out: Path) -> Path:
 
 
 def nearest(weights: NDArray[np.float32], layout: Layout, _pool: Executor | None = None) -> Packed:
-    """In `quantize`'s place: to the nearest of a grid that spans the block, by `gguf`, and as llama.cpp does.
+    """Round to the nearest number of a grid that spans the block, in the place of `quantize`.
 
-    A block's outermost weight becomes 127 or -127 as INT8, -8 as INT4.
+    `gguf` does this, and llama.cpp does the same. A block's outermost weight becomes 127 or -127 as INT8, -8 as INT4.
     """
     encoding, kind = _ENCODINGS[layout]
-    return Packed(layout, *weights.shape, *encoding.split(quants.quantize(weights, kind).reshape(-1)))
+    rows, cols = weights.shape
+    return Packed(layout, rows, cols, *encoding.split(quants.quantize(weights, kind).reshape(-1)))

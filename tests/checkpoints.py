@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,13 +12,12 @@ from gguf.quants import quant_shape_to_byte_shape
 from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize_file
 
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes
-from gemma_wgpu.weights.gguf import gguf_name
+from gemma_wgpu.models.gemma3 import Gemma3Config
+from tests.table import gguf_name, matrix_shapes, norm_shapes
 
 Raw = tuple[NDArray[np.generic], GGMLQuantizationType]
 
-# Where the float16 scales lie in a block; anything else in it may be any byte.
+# The float16 scales of a block lie at these bytes; all its other bytes may have any value.
 _HALVES = {
     GGMLQuantizationType.F16: (0,),
     GGMLQuantizationType.Q4_0: (0,),
@@ -45,7 +45,7 @@ CONFIG = Gemma3Config.from_hf(HF_CONFIG)
 
 
 def blocks(rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, cols: int) -> NDArray[np.uint8]:
-    """Random bytes of a rows x cols matrix, (rows, bytes per row), whose floats are all finite."""
+    """Return random bytes of a rows x cols matrix, (rows, bytes per row), whose floats are all finite."""
     if kind == GGMLQuantizationType.F32:
         return rng.standard_normal((rows, cols), np.float32).view(np.uint8)
     if kind == GGMLQuantizationType.BF16:
@@ -66,7 +66,7 @@ def gguf_tensors(
     *,
     kinds: Mapping[str, GGMLQuantizationType] | None = None,
 ) -> dict[str, Raw]:
-    """Raw tensors by GGUF name: matrices of `kind`, or as `kinds` has it by Hugging Face name; norms F32."""
+    """Return raw tensors by GGUF name: matrices are of `kind`, or of `kinds` by Hugging Face name; norms are F32."""
     tensors: dict[str, Raw] = {}
     for name, (rows, cols) in matrix_shapes(config).items():
         of = (kinds or {}).get(name, kind)
@@ -77,7 +77,7 @@ def gguf_tensors(
 
 
 def gguf_metadata(config: Gemma3Config = CONFIG) -> dict[str, object]:
-    """What llama.cpp's converter writes for `config`, with a vocabulary of the right size and no sense."""
+    """Return what llama.cpp's converter writes for `config`, with a vocabulary of the right size and no sense."""
     return {
         "general.name": "Tiny",
         "gemma3.context_length": config.max_position_embeddings,
@@ -133,10 +133,21 @@ def write_gguf(
     return path
 
 
+def patch(path: Path, at: int, value: bytes) -> None:
+    """Put `value` in the place of the bytes at `at`."""
+    content = path.read_bytes()
+    path.write_bytes(content[:at] + value + content[at + len(value) :])
+
+
+def description(path: Path, tensor: str) -> int:
+    """Return where a GGUF describes a tensor after its name: u32 dimensions, u64 each, u32 type, u64 offset."""
+    return path.read_bytes().index(struct.pack("<Q", len(tensor)) + tensor.encode()) + 8 + len(tensor)
+
+
 def hf_tensors(
     rng: np.random.Generator, dtype: str, config: Gemma3Config = CONFIG
 ) -> dict[str, tuple[str, NDArray[np.generic]]]:
-    """(dtype, bits) by Hugging Face name; `dtype` is "float32", "float16" or "bfloat16"."""
+    """Return (dtype, bits) by Hugging Face name; `dtype` is "float32", "float16" or "bfloat16"."""
     tensors: dict[str, tuple[str, NDArray[np.generic]]] = {}
     for name, shape in {**matrix_shapes(config), **norm_shapes(config)}.items():
         values = rng.standard_normal(shape, np.float32)
@@ -166,13 +177,13 @@ def write_hf(
     *,
     shards: int = 1,
 ) -> Path:
-    """Write a model folder: config.json and the tensors, with an index when there is more than one shard."""
+    """Write a model folder: config.json and the tensors, with an index if there is more than one shard."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
         write_safetensors(folder / "model.safetensors", tensors)
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         chosen = list(tensors)[shard::shards]
@@ -184,13 +195,14 @@ def write_hf(
 
 
 def same_bits(left: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
-    """Whether two float32 arrays agree to the bit, shapes included."""
+    """Say whether two float32 arrays agree to the bit, shapes included."""
     return left.dtype == right.dtype == np.float32 and np.array_equal(
         np.ascontiguousarray(left).view(np.uint32), np.ascontiguousarray(right).view(np.uint32)
     )
 
 
 def resident(path: Path) -> int:
-    """KiB of a mapped file in this process's memory, as Linux counts them."""
+    """Return the KiB of a mapped file that are in this process's memory, as Linux counts them."""
     maps = re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text())
-    return sum(int(re.search(r"Rss: +(\d+)", entry)[1]) for entry in maps if str(path) in entry)  # type: ignore[index]
+    sizes = [re.search(r"Rss: +(\d+)", entry) for entry in maps if str(path) in entry]
+    return sum(int(size[1]) for size in sizes if size)

@@ -11,7 +11,7 @@ Reply = Callable[["Handler", bytes], None]
 
 
 def whole(handler: "Handler", data: bytes) -> None:
-    """All of it, or the part that is asked for."""
+    """Send all of the file, or the range that is asked for."""
     handler.send_part(data)
 
 
@@ -50,12 +50,12 @@ def no_ranges(handler: "Handler", data: bytes) -> None:
 
 
 def wrong_range(handler: "Handler", data: bytes) -> None:
-    """Another part than the one that is asked for, as broken caches do."""
+    """Send another range than the one that is asked for, as broken caches do."""
     handler.send_part(data, shift=-1)
 
 
 def unsized(most: int) -> Reply:
-    """No Content-Length: the end of the connection is the end of the file."""
+    """Send no Content-Length, so that the end of the connection is the end of the file."""
     return lambda handler, data: handler.send(200, data[:most], sized=False)
 
 
@@ -129,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
 class Host(ThreadingHTTPServer):
     """Serves `folder` under /models/tiny, or any other path in /models.
 
-    `replies` has what to do at the next requests for a file name or path, the last of which stays in force.
+    `replies` has the replies to the next requests for a file name or a path, and the last reply stays in force.
     """
 
     daemon_threads = True
@@ -148,10 +148,10 @@ class Host(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
-        """A client that was killed."""
+        """Say nothing of a client that was killed."""
 
     def asked(self) -> list[tuple[str, str | None]]:
-        """The requests since the last call: names and ranges."""
+        """Return the names and the ranges of the requests since the last call."""
         requests, self.requests = self.requests, []
         return requests
 

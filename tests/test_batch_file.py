@@ -1,4 +1,4 @@
-"""`gemma-wgpu batch`: what it answers, and that each answer is there once however often it is killed."""
+"""`gemma-wgpu batch` answers all that is asked, and each answer is there once however often it is killed."""
 
 import errno
 import json
@@ -15,11 +15,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gemma_wgpu import Gemma, load
-from gemma_wgpu.apps.batch_file import Results
+from gemma_wgpu.apps.batch_file import Line, ResultFile, answers
 from gemma_wgpu.apps.cli import main
-from gemma_wgpu.errors import RequestError
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.engine.request import Request
+from gemma_wgpu.errors import DeviceError, RequestError
+from gemma_wgpu.models.gemma3 import Gemma3Config
 from tests.tiny import HF, random_weights, write_folder
+
+pytestmark = pytest.mark.slow
 
 SECONDS = 60  # until something that hangs is given up
 KILLS = 5
@@ -84,8 +87,8 @@ def test_answers(tmp_path: Path, folder: str, gemma: Gemma) -> None:
     )
     out = tmp_path / "out"
     result = run(source, out, folder, "--max-new-tokens", "12", "--seed", "40", "--top-k", "0")
-    assert result.exit_code == 0, result.output
-    assert "6 results" in result.output
+    assert result.exit_code == 1
+    assert f"6 results in {out}, 6 of them new, 1 of them errors\n" in result.output
     there = {result["custom_id"]: result for result in results(out)}
     assert sorted(there) == ["a", "c", "d", "e", "f", "€😀"]
     for custom_id, generation in {
@@ -100,7 +103,7 @@ def test_answers(tmp_path: Path, folder: str, gemma: Gemma) -> None:
             "id": there[custom_id]["id"],
             "custom_id": custom_id,
             "text": text,
-            "seed": generation.sampling.seed,
+            "seed": generation.seed,
             "prompt_tokens": stats.prompt_tokens,
             "new_tokens": stats.new_tokens,
             "finish_reason": stats.finish_reason,
@@ -128,7 +131,7 @@ def test_killed_again_and_again(tmp_path: Path, folder: str) -> None:
             time.sleep(rng.random() * 0.1)
             process.send_signal(signal.SIGKILL)
             assert process.wait(SECONDS) == -signal.SIGKILL
-        with out.open("ab") as file:  # it might have been amid a write
+        with out.open("ab") as file:  # it may be killed in the middle of a write
             file.write(undisturbed.read_bytes()[: rng.randrange(50)])
     assert 0 < len(out.read_bytes().splitlines()) < len(MANY)
     assert run(source, out, folder).exit_code == 0
@@ -168,7 +171,7 @@ def test_a_run_that_is_not_the_one_that_was_begun(tmp_path: Path, folder: str) -
 
 def test_two_at_once(tmp_path: Path, folder: str) -> None:
     source, out = written(tmp_path / "in", MANY[:2]), tmp_path / "out"
-    with Results(out):
+    with ResultFile(out):
         refused(source, out, folder, str(out), "another process")
     refused(source, tmp_path / "no" / "out", folder, "no/out", "cannot be written")
 
@@ -188,7 +191,7 @@ def test_two_at_once(tmp_path: Path, folder: str) -> None:
     ],
 )
 def test_lines_that_are_no_requests(tmp_path: Path, line: bytes, named: str) -> None:
-    """Found before the model is loaded."""
+    """They are found before the model is loaded."""
     source = tmp_path / "in"
     source.write_bytes(b'{"custom_id": "a", "prompt": "a"}\n\n' + line + b"\n")
     refused(str(source), tmp_path / "out", "no such model", str(source), "line 3", named)
@@ -221,7 +224,7 @@ def test_requests_that_are_refused(tmp_path: Path, folder: str, request_: dict[s
     """The others are answered."""
     source = written(tmp_path / "in", [{"custom_id": "b"} | request_, {"custom_id": "a", "prompt": "a"}])
     out = tmp_path / "out"
-    assert run(source, out, folder, "--max-new-tokens", "2").exit_code == 0
+    assert run(source, out, folder, "--max-new-tokens", "2").exit_code == 1
     bad, good = results(out)
     assert bad["error"] and "\n" not in bad["error"]
     assert good["new_tokens"] == 2
@@ -242,7 +245,130 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("os.fsync", full)
     with (
-        Results(tmp_path / "out") as file,
-        pytest.raises(RequestError, match="out: cannot be written: No space"),
+        ResultFile(tmp_path / "out") as file,
+        pytest.raises(RequestError, match="out: cannot be written: the disk is full"),
     ):
         file.append({"id": "a"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"some notes",
+        b'{"notes": 5}',
+        b'{"id": "chatcmpl-7", "object": "chat.completion"}',
+        b'{"id": "' + b"0" * 32,
+        b'{"id": "' + b"0" * 32 + b'", "custom_id": "r0", "text": "',
+    ],
+)
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, folder: str, content: bytes, before: int) -> None:
+    """Its last line has no end, as that of a run that was killed."""
+    source, out = written(tmp_path / "in", MANY[:2]), tmp_path / "out"
+    if before:
+        assert run(source, out, folder).exit_code == 0
+    content = out.read_bytes() + content if before else content
+    out.write_bytes(content)
+    refused(source, out, folder, str(out), f"line {3 if before else 1} is no result")
+    assert out.read_bytes() == content
+
+
+def test_a_file_of_another_run_is_left_alone(tmp_path: Path, folder: str) -> None:
+    source, out = written(tmp_path / "in", MANY[:2]), tmp_path / "out"
+    assert run(source, out, folder).exit_code == 0
+    content = out.read_bytes()[:-5]
+    for torn in (content, content[:20]):
+        out.write_bytes(torn)
+        refused(source, out, folder, str(out), options=["--top-k", "3"])
+        assert out.read_bytes() == torn
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8, 30, 45, 60, -1])
+def test_a_result_that_was_not_written_to_its_end(tmp_path: Path, folder: str, kept: int) -> None:
+    source, out = written(tmp_path / "in", MANY[:2]), tmp_path / "out"
+    assert run(source, out, folder).exit_code == 0
+    first, second = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(first + second[:kept])
+    result = run(source, out, folder)
+    assert (result.exit_code, out.read_bytes()) == (0, first + second)
+    assert "1 of them new" in result.output
+
+
+def test_standard_input_and_output(tmp_path: Path, folder: str) -> None:
+    source, out = written(tmp_path / "in", MANY[:3]), tmp_path / "out"
+    assert run(source, out, folder).exit_code == 0
+    expected = sorted(out.read_bytes().splitlines())
+    line = [sys.executable, "-c", "from gemma_wgpu.apps.cli import main; main()", "batch"]
+    options = ["--model", folder, "--precision", "f32"]
+    for arguments in ([source, "-"], ["-", "-"], ["-", str(tmp_path / "again")]):
+        content = Path(source).read_bytes()
+        found = subprocess.run(
+            [*line, *arguments, *options],
+            input=content,
+            capture_output=True,
+            timeout=SECONDS,
+            check=True,
+            cwd=tmp_path,
+        )
+        printed = found.stdout if arguments[1] == "-" else (tmp_path / "again").read_bytes()
+        assert sorted(printed.splitlines()) == expected
+        place = "the standard output" if arguments[1] == "-" else arguments[1]
+        assert found.stderr.decode() == f"3 results in {place}, 3 of them new\n"
+    assert not (tmp_path / "-").exists()
+
+
+def test_a_reader_that_goes_away(tmp_path: Path, folder: str) -> None:
+    source = written(tmp_path / "in", MANY)
+    line = [sys.executable, "-c", "from gemma_wgpu.apps.cli import main; main()", "batch", source, "-"]
+    with subprocess.Popen(
+        [*line, "--model", folder, "--precision", "f32"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        assert json.loads(process.stdout.readline())["text"]
+        process.stdout.close()
+        assert process.wait(SECONDS) == 1
+        assert process.stderr.read() == b""
+
+
+def test_standard_input_that_is_wrong(tmp_path: Path) -> None:
+    for content, named in (
+        (b"{\n", "standard input: line 1 is not JSON"),
+        (b"\xff", "standard input: cannot be read"),
+    ):
+        result = CliRunner().invoke(main, ["batch", "-", str(tmp_path / "out"), "--model", "none"], input=content)
+        assert result.exit_code == 1
+        assert named in result.output
+        assert result.output.count("\n") == 1
+
+
+def test_errors_of_an_earlier_run_count(tmp_path: Path, folder: str) -> None:
+    source, out = written(tmp_path / "in", [{"custom_id": "a", "prompt": []}, MANY[1]]), tmp_path / "out"
+    for new in (2, 0):
+        result = run(source, out, folder)
+        assert result.exit_code == 1
+        assert f"2 results in {out}, {new} of them new, 1 of them errors\n" in result.output
+
+
+def test_a_text_that_fails_in_a_step(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on; but the GPU's failures are no line's fault."""
+    push = Request.push
+    failing = gemma.tokenizer.encode("it")
+
+    def push_or_fail(request: Request, *arguments: Any) -> None:
+        if request.prompt == failing and len(request.ids) == 3:
+            raise error
+        push(request, *arguments)
+
+    monkeypatch.setattr(Request, "push", push_or_fail)
+    lines = [
+        Line(word, "prompt", word, {"max_new_tokens": 6, "temperature": 0}) for word in ("the cat", "it", "a mat")
+    ]
+    error: Exception = ZeroDivisionError("a mistake")
+    found = {result["custom_id"]: result for result in answers(gemma, lines, 3)}
+    assert found["it"]["error"] == "ZeroDivisionError: a mistake"
+    for word in ("the cat", "a mat"):
+        assert found[word]["text"] == gemma.generate(word, max_new_tokens=6, temperature=0).result()
+    error = DeviceError("the GPU is gone")
+    with pytest.raises(DeviceError, match="the GPU is gone"):
+        list(answers(gemma, lines, 3))
+    assert not gemma.scheduler.running

@@ -1,4 +1,4 @@
-"""What a benchmark says, on a tiny model: that it is whole and consistent, never how fast."""
+"""A benchmark of a tiny model: its report is whole and consistent. How fast it is does not matter here."""
 
 import asyncio
 import builtins
@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from gemma_wgpu import Gemma, RequestError, load
+from gemma_wgpu import Gemma, Progress, RequestError, load
 from gemma_wgpu.apps.cli import main
 from gemma_wgpu.bench import tables
 from gemma_wgpu.bench.peers import PEERS
@@ -35,11 +36,14 @@ from gemma_wgpu.bench.run import (
     read_bandwidth,
 )
 from gemma_wgpu.gpu import open_device_sync
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.ops.tuning import candidates
-from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes, open_checkpoint
+from gemma_wgpu.models.gemma3 import Gemma3Config
+from gemma_wgpu.ops.tuner import candidates
 from gemma_wgpu.weights.convert import convert
-from tests.tiny import HF, random_weights, reference_logits, write_folder
+from gemma_wgpu.weights.opening import open_checkpoint
+from tests.table import matrix_shapes, norm_shapes
+from tests.tiny import EOS, HF, random_weights, reference_logits, scripted_weights, token, write_folder
+
+pytestmark = pytest.mark.slow
 
 SHAPES = [Shape(12, 5), Shape(0, 6), Shape(7, 0), Shape(12, 5, 60), Shape(0, 6, 33)]
 CONFIG = Gemma3Config.from_hf(HF)
@@ -183,6 +187,57 @@ def test_what_else_is_measured(gemma: Gemma, report: Report) -> None:
     assert report.tuning in candidates(gemma.device)
 
 
+def test_a_text_goes_on_past_its_end(tmp_path: Path) -> None:
+    """The tokens of a reference may do so too."""
+    cat, sat = token("▁cat"), token("▁sat")
+    with load(write_folder(tmp_path / "any", HF, random_weights(CONFIG))) as gemma:
+        prompt = prompt_ids(gemma.tokenizer, 2)
+    scripted = scripted_weights(CONFIG, [[prompt[-1], EOS, cat, sat]])
+    reference = Reference("a script", [Prompt(prompt, [EOS, cat])])
+    with load(write_folder(tmp_path / "scripted", HF, scripted), precision="f32") as gemma:
+        found = measure(gemma, [Shape(2, 2)], repetitions=1, reference=reference)
+    assert [run.ids for run in found.results[0].runs] == [[EOS, cat, sat]]
+    assert found.match == Match("a script", 1, 2, 2)
+
+
+class Watched:
+    """A lock that knows whether somebody holds it."""
+
+    def __init__(self, lock: AbstractContextManager[Any]) -> None:
+        self.lock, self.depth = lock, 0
+
+    def __enter__(self) -> None:
+        self.lock.__enter__()
+        self.depth += 1
+
+    def __exit__(self, *error: Any) -> None:
+        self.depth -= 1
+        self.lock.__exit__(*error)
+
+
+def test_the_lock_is_held_at_every_submission(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is in an event loop, in which `Device.wait` does not hold it for all of the benchmark."""
+    device, reference = gemma.device, Reference("ours", [Prompt(prompt_ids(gemma.tokenizer, 5), [1, 2])])
+    lock, called = Watched(device.lock), set()
+
+    def watch(name: str) -> None:
+        method = getattr(device, name)
+
+        def checked(*arguments: Any, **options: Any) -> Any:
+            assert lock.depth > 0, name
+            called.add(name)
+            return method(*arguments, **options)
+
+        monkeypatch.setattr(device, name, checked)
+
+    monkeypatch.setattr(device, "lock", lock)
+    for name in ("write", "copy", "submit", "read", "_timestamps"):
+        watch(name)
+    asyncio.run(bench(gemma, [Shape(40, 3, 20), Shape(0, 2)], repetitions=1, reference=reference))
+    assert {"write", "read", "_timestamps"} <= called
+    assert lock.depth == 0
+
+
 def test_the_model_can_be_used_afterwards(gemma: Gemma, report: Report) -> None:
     allocated = gemma.device.allocated
     again = measure(gemma, [SHAPES[0]], repetitions=1)
@@ -317,7 +372,7 @@ def test_markdown_has_every_shape_and_figure(report: Report) -> None:
 
 
 class Parrot(Engine):
-    """A peer that says what no model does, and takes note of what it is asked."""
+    """A peer that says what no model does, and notes what it is asked."""
 
     name = "parrot"
 
@@ -334,24 +389,25 @@ class Parrot(Engine):
         return Run(len(self.cache), 0.5, 0.25 * decode, [-1] * (decode + 1))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""
 
 
-def test_a_peer_takes_turns_on_the_same_prompts(gemma: Gemma) -> None:
-    parrot, turns = Parrot(), []
+def test_a_peer_makes_every_run_too_on_the_same_prompts(gemma: Gemma) -> None:
+    parrot = Parrot()
+    told: list[Progress] = []
     found = measure(
         gemma,
         [Shape(4, 2, 20), Shape(0, 3)],
         repetitions=2,
         peers=[parrot],
-        progress=lambda *turn: turns.append(turn),
+        progress=told.append,
     )
     doing = [
         *("gemma-wgpu, pp4+tg2 @ d20, run to warm up", "parrot, pp4+tg2 @ d20, run to warm up"),
         *("gemma-wgpu, pp4+tg2 @ d20, run 1 of 2", "parrot, pp4+tg2 @ d20, run 1 of 2"),
     ]
-    assert [what for what, _, _ in turns[:4]] == doing
-    assert [turn[1:] for turn in turns] == [(n, 16) for n in range(17)]
+    assert [step.what for step in told[:4]] == doing
+    assert [(step.done, step.total, step.unit) for step in told] == [(n, 16, "steps") for n in range(17)]
     ids = prompt_ids(gemma.tokenizer, 24)
     assert parrot.asked == [(ids[:20], ids[20:])] * 3 + [([], ids[:1])] * 3
     assert [result.engine for result in found.results] == ["gemma-wgpu", "parrot"] * 2
@@ -391,20 +447,27 @@ def test_shapes_that_are_too_long(gemma: Gemma) -> None:
         measure(gemma, [Shape(1, 0, 128)])
 
 
+def test_a_context_in_which_nothing_can_be_decoded(folder: Path) -> None:
+    with load(folder, context_length=1) as gemma, pytest.raises(RequestError, match="context of 1 token"):
+        measure(gemma, [Shape(1, 0)], repetitions=1)
+    with load(folder, context_length=2) as gemma:
+        assert len(measure(gemma, [Shape(1, 1)], repetitions=1).results[0].warm_up.ids) == 2
+
+
 def test_no_repetitions(gemma: Gemma) -> None:
     with pytest.raises(RequestError, match="repetitions is 0"):
         measure(gemma, [Shape(1, 1)], repetitions=0)
 
 
 def test_it_can_be_cancelled_at_every_step(gemma: Gemma, report: Report) -> None:
-    """And the model goes on."""
+    """The model can be used afterwards."""
     allocated, shapes = gemma.device.allocated, [Shape(12, 5, 20)]
     reference = Reference("ours", [Prompt(prompt_ids(gemma.tokenizer, 5), [1, 2, 3])])
 
     async def cancel(at: int) -> str:
-        def progress(what: str, done: int, total: int) -> None:
-            reached.append(what)
-            if done == at:
+        def progress(step: Progress) -> None:
+            reached.append(step.what)
+            if step.done == at:
                 task.cancel()
 
         reached: list[str] = []

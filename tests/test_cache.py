@@ -8,9 +8,9 @@ import pytest
 from gemma_wgpu import ModelError, cache
 from gemma_wgpu.fetch.cache import Cached
 from gemma_wgpu.fetch.download import download
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.models.gemma3 import Gemma3Config
 from gemma_wgpu.weights.convert import convert
+from gemma_wgpu.weights.opening import open_checkpoint
 from tests.host import Host, answer
 from tests.tiny import HF, random_gguf
 
@@ -19,8 +19,8 @@ from tests.tiny import HF, random_gguf
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setenv("GEMMA_WGPU_CACHE", str(tmp_path / "cache"))
     random_gguf(tmp_path / "tiny.gguf", Gemma3Config.from_hf(HF), {})
-    with open_checkpoint(tmp_path / "tiny.gguf") as source:
-        convert(source, tmp_path / "tiny", quant="keep", shard_size=200_000)
+    with open_checkpoint(tmp_path / "tiny.gguf") as original:
+        convert(original, tmp_path / "tiny", quant="keep", shard_size=200_000)
     host = Host(tmp_path / "tiny")
     yield host
     host.close()

@@ -1,13 +1,14 @@
-"""The chat format against what the template published with Gemma 3 rendered."""
+"""Checks the chat format against what the template that is published with Gemma 3 rendered."""
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import tokenizers
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.tokens.chat import encode_chat, render
+from gemma_wgpu.tokens.chat import GEMMA3, Message
 from gemma_wgpu.tokens.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
 from tests.vocabulary import Vocabulary, golden, random_text, read_vocabulary, rust_ids, rust_tokenizer
 
@@ -43,9 +44,9 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @pytest.mark.parametrize("case", CHATS)
-def test_renders_and_encodes_as_recorded(tokenizer: Tokenizer, case: dict[str, object]) -> None:
-    assert render(case["messages"], case["prompt"]) == case["text"]
-    assert encode_chat(tokenizer, case["messages"], case["prompt"]) == case["ids"]
+def test_renders_and_encodes_as_recorded(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
+    assert GEMMA3.render(case["messages"], case["prompt"]) == case["text"]
+    assert GEMMA3.encode(tokenizer, case["messages"], case["prompt"]) == case["ids"]
 
 
 def test_a_system_message_goes_into_the_first_user_turn(tokenizer: Tokenizer) -> None:
@@ -54,7 +55,7 @@ def test_a_system_message_goes_into_the_first_user_turn(tokenizer: Tokenizer) ->
         {"role": "user", "content": "Why the sky is blue?"},
     ]
     ids = "2 105 2364 107 3048 659 496 11045 16326 108 11355 506 7217 563 3730 236881 106 107 105 4368 107"
-    assert encode_chat(tokenizer, messages) == [int(token) for token in ids.split()]
+    assert GEMMA3.encode(tokenizer, messages) == [int(token) for token in ids.split()]
 
 
 def test_ids_are_those_of_the_rendered_text(
@@ -71,7 +72,7 @@ def test_ids_are_those_of_the_rendered_text(
         ]
         if rng.random() < 0.5:
             messages.insert(0, {"role": "system", "content": random_text(rng, vocabulary.pieces, control=False)})
-        assert encode_chat(tokenizer, messages) == rust_ids(rust, render(messages)), messages
+        assert GEMMA3.encode(tokenizer, messages) == rust_ids(rust, GEMMA3.render(messages)), messages
 
 
 def test_control_tokens_in_a_message_are_text(
@@ -85,7 +86,7 @@ def test_control_tokens_in_a_message_are_text(
             {"role": "user", "content": text},
             {"role": "assistant", "content": text},
         ]
-        assert encode_chat(tokenizer, messages) == [
+        assert GEMMA3.encode(tokenizer, messages) == [
             *[2, 105, *rust_ids(rust, f"user\n{text}\n\n{text}", control=False), 106, 107],
             *[105, *rust_ids(rust, f"model\n{text}", control=False), 106, 107],
             *[105, 4368, 107],
@@ -101,13 +102,13 @@ def test_model_is_another_name_for_assistant() -> None:
         ]
         for role in ("assistant", "model")
     ]
-    assert render(chats[0]) == render(chats[1])
+    assert GEMMA3.render(chats[0]) == GEMMA3.render(chats[1])
 
 
 def test_every_part_of_a_system_message_counts() -> None:
     parts = [{"type": "text", "text": "Be brief. "}, {"type": "text", "text": "Be kind."}]
-    messages = [{"role": "system", "content": parts}, {"role": "user", "content": "Hi"}]
-    assert render(messages, False) == "<bos><start_of_turn>user\nBe brief. Be kind.\n\nHi<end_of_turn>\n"
+    messages: list[Message] = [{"role": "system", "content": parts}, {"role": "user", "content": "Hi"}]
+    assert GEMMA3.render(messages, False) == "<bos><start_of_turn>user\nBe brief. Be kind.\n\nHi<end_of_turn>\n"
 
 
 USER = {"role": "user", "content": "Hi"}
@@ -139,14 +140,14 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "message 0 has a part that is not"),
     ],
 )
-def test_refuses_what_is_not_a_chat(bpe: BPETokenizer, messages: object, message: str) -> None:
+def test_refuses_what_is_not_a_chat(bpe: BPETokenizer, messages: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        render(messages)
+        GEMMA3.render(messages)
     with pytest.raises(RequestError, match=message):
-        encode_chat(bpe, messages)
+        GEMMA3.encode(bpe, messages)
 
 
 def test_refuses_a_vocabulary_without_turns(vocabulary: Vocabulary) -> None:
     pieces = [piece.replace("_of_turn>", "_of_nothing>") for piece in vocabulary.pieces]
     with pytest.raises(ModelError, match="<start_of_turn>"):
-        encode_chat(BPETokenizer(pieces, vocabulary.scores, vocabulary.types), [USER])
+        GEMMA3.encode(BPETokenizer(pieces, vocabulary.scores, vocabulary.types), [USER])

@@ -1,5 +1,10 @@
-"""The command line: in this process where what it says counts, in one of its own where signals and pipes do."""
+"""The command line.
 
+It runs in this process if a test is about what it says, and in a process of its own if the test is about signals and
+pipes.
+"""
+
+import errno
 import json
 import os
 import re
@@ -20,11 +25,14 @@ import gemma_wgpu.gemma
 from gemma_wgpu.apps.cli import main
 from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.ops.kernels import usual_tuning
-from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.models.gemma3 import Gemma3Config
+from gemma_wgpu.ops.tuning import usual_tuning
+from gemma_wgpu.options import RANGES, Options
+from gemma_wgpu.weights.opening import open_checkpoint
 from tests.reference.golden import FOLDER
 from tests.tiny import DAMAGES, END_OF_TURN, EOS, HF, scripted_weights, token, write_damaged, write_folder
+
+pytestmark = pytest.mark.slow
 
 COMMAND = str(Path(sys.executable).with_name("gemma-wgpu"))
 SECONDS = 60  # until a command that hangs is given up
@@ -36,7 +44,7 @@ def write(folder: Path, hf: dict[str, object], *scripts: list[int]) -> Path:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that says "yz" after "x", and " home again" in a chat."""
+    """Return a model that says "yz" after "x", and " home again" in a chat."""
     told = [token("x"), token("y"), token("z"), EOS]
     reply = [token("\n"), token("▁home"), token("▁again"), END_OF_TURN]
     return str(write(tmp_path_factory.mktemp("cli") / "story", HF, told, reply))
@@ -44,7 +52,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that never stops."""
+    """Return a model that never stops."""
     hf = HF | {"max_position_embeddings": 1 << 17, "sliding_window_pattern": 100}
     return str(write(tmp_path_factory.mktemp("cli") / "endless", hf, [*map(token, "xyzx")]))
 
@@ -60,12 +68,12 @@ def generated(model: str, *arguments: str, stdin: str | bytes | None = None) -> 
 
 
 def refused(result: Result | subprocess.CompletedProcess[str], *named: str, code: int = 1) -> None:
-    """One line on stderr that names the culprit, nothing on stdout."""
+    """Check that there is one line on stderr, which names the culprit, and nothing on stdout."""
     exit_code = result.exit_code if isinstance(result, Result) else result.returncode
     assert exit_code == code, result.stderr
     assert result.stdout == ""
     lines = result.stderr.splitlines()
-    if code == 2:  # before it, how the command is used
+    if code == 2:  # before it stands how the command is used
         assert lines[0].startswith("Usage: ")
     else:
         assert len(lines) == 1
@@ -240,8 +248,20 @@ def test_every_command_and_option_is_explained() -> None:
     assert isinstance(main, click.Group)
     for command in main.commands.values():
         assert command.help, command.name
-    for parameter in main.commands["generate"].params:
-        assert isinstance(parameter, click.Argument) or (isinstance(parameter, click.Option) and parameter.help)
+        for parameter in command.params:
+            assert isinstance(parameter, click.Argument) or (isinstance(parameter, click.Option) and parameter.help)
+
+
+def test_the_numbers_of_options_are_options_of_the_command() -> None:
+    """Each has the default of the field, and is explained in the same words."""
+    defaults = Options()
+    for command in ("generate", "chat", "batch"):
+        given = {parameter.name: parameter for parameter in main.commands[command].params}
+        for name, range_ in RANGES.items():
+            if command != "batch" or name != "seed":  # the seeds of a batch are counted up
+                assert given[name].default == getattr(defaults, name)
+                assert given[name].help == range_.help
+                assert given[name].type == (click.INT if range_.whole else click.FLOAT)
 
 
 def test_devices() -> None:
@@ -273,7 +293,7 @@ def test_no_adapter(story: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def endless_text(endless: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The command, writing without end; what follows the first bytes is still to be read."""
+    """Yield the command while it writes without end. What follows the first bytes is still to be read."""
     with subprocess.Popen(
         [COMMAND, "generate", "so x", "--model", endless, "--temperature", "0", "--context-length", str(1 << 17)],
         stdout=subprocess.PIPE,
@@ -301,6 +321,77 @@ def test_standard_output_that_is_closed_early(endless_text: subprocess.Popen[byt
     assert endless_text.wait(timeout=SECONDS) == 1
     assert endless_text.stderr
     assert endless_text.stderr.read() == b""
+
+
+def full(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with a standard output on which there is no room."""
+    with Path("/dev/full").open("w") as output:
+        return subprocess.run(
+            [COMMAND, *arguments],
+            env=os.environ | environment,
+            input=stdin,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=SECONDS,
+        )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_is_full(story: str, tmp_path: Path, unbuffered: str) -> None:
+    source = tmp_path / "in"
+    source.write_text('{"custom_id": "a", "prompt": "x"}\n')
+    for arguments, stdin in (
+        (["--help"], ""),
+        (["devices"], ""),
+        (["inspect", story], ""),
+        (["generate", "x", "-q", "--model", story], ""),
+        (["generate", "x", "--json", "--model", story], ""),
+        (["chat", "--model", story], "x\n"),
+        (["batch", str(source), "-", "--model", story], ""),
+    ):
+        result = full(*arguments, stdin=stdin, PYTHONUNBUFFERED=unbuffered)
+        assert result.returncode == 1, arguments
+        assert result.stderr == "Error: the standard output cannot be written: the disk is full\n", arguments
+
+
+def test_other_output_that_is_full_is_not_blamed_on_the_standard_output(
+    story: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "somewhere")
+
+    monkeypatch.setattr(gemma_wgpu, "load", fail)
+    result = run("generate", "x", "--model", story)
+    assert isinstance(result.exception, FileNotFoundError)
+    assert "standard output" not in result.stderr
+
+
+def test_standard_input_that_is_closed(story: str, tmp_path: Path) -> None:
+    """It is empty."""
+    for arguments, expected in (
+        (["chat", "--model", story], ""),
+        (["batch", "-", str(tmp_path / "out"), "--model", story], ""),
+        (
+            ["generate", "-", "-q", "--model", story, "--max-new-tokens", "1", "--temperature", "0", "--regex", "x"],
+            "x\n",
+        ),
+    ):
+        shell = ["sh", "-c", 'exec "$0" "$@" <&-', COMMAND, *arguments]
+        result = subprocess.run(shell, capture_output=True, text=True, timeout=SECONDS, check=False)
+        assert (result.returncode, result.stdout) == (0, expected), result.stderr
+
+
+@pytest.mark.parametrize("module", ["numpy", "click", "wgpu"])
+def test_an_interrupt_while_python_imports(tmp_path: Path, module: str) -> None:
+    """It comes as soon as the module is imported."""
+    (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [COMMAND, "devices"], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 def test_an_interrupt_while_printing(story: str, monkeypatch: pytest.MonkeyPatch) -> None:

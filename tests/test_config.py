@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.models import registry
+from gemma_wgpu.models.gemma3 import FAMILY, Gemma3Config, tensors
+from gemma_wgpu.models.registry import family_of_gguf, family_of_hf
 from tests.checkpoints import gguf_metadata
 
-# As published with google/gemma-3-1b-it (the keys that matter).
+# This is published with google/gemma-3-1b-it (the keys that matter).
 HF_1B: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"],
     "attention_bias": False,
@@ -35,7 +38,7 @@ HF_1B: dict[str, Any] = {
     "sliding_window_pattern": 6,
     "vocab_size": 262144,
 }
-# As published with google/gemma-3-4b-it: what equals transformers' defaults is left out.
+# This is published with google/gemma-3-4b-it, which leaves out what equals transformers' defaults.
 HF_4B: dict[str, Any] = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "model_type": "gemma3",
@@ -76,7 +79,10 @@ def test_hf_1b() -> None:
         layer_types=tuple("full_attention" if layer in GLOBAL_1B else "sliding_attention" for layer in range(26)),
     )
     assert [layer for layer in range(26) if config.is_global(layer)] == list(GLOBAL_1B)
-    assert (config.query_size, config.key_value_size) == (1024, 256)
+    shapes = {spec.name.removeprefix("model.layers.25."): spec.shape for spec in tensors(config)}
+    assert shapes["self_attn.q_proj.weight"] == (1024, 1152)
+    assert shapes["self_attn.v_proj.weight"] == (256, 1152)
+    assert shapes["self_attn.o_proj.weight"] == (1152, 1024)
 
 
 @pytest.mark.parametrize("config", ["1b", "4b"])
@@ -137,6 +143,8 @@ def test_hf_older_spellings() -> None:
         ("hidden_size", 1152.0, "hidden_size is 1152.0"),
         ("hidden_size", "1152", "hidden_size is '1152'"),
         ("hidden_size", True, "hidden_size is True"),
+        ("hidden_size", 1136, "hidden_size is 1136; only multiples of 32 can be run"),
+        ("intermediate_size", 6928, "intermediate_size is 6928; only multiples of 32 can be run"),
         ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000"),
         ("intermediate_size", 10**400, "intermediate_size is 1000"),
         ("sliding_window", None, "sliding_window is None"),
@@ -250,6 +258,8 @@ def test_gguf_optional_keys() -> None:
         ("general.architecture", 3, "general.architecture is 3"),
         ("gemma3.block_count", None, "gemma3.block_count is missing"),
         ("gemma3.block_count", 2**31, "gemma3.block_count is 2147483648"),
+        ("gemma3.embedding_length", 1136, "gemma3.embedding_length is 1136; only multiples of 32 can be run"),
+        ("gemma3.feed_forward_length", 16, "gemma3.feed_forward_length is 16; only multiples of 32 can be run"),
         ("gemma3.attention.head_count_kv", 3, "gemma3.attention.head_count is 4, not a multiple"),
         ("gemma3.attention.key_length", 0, "gemma3.attention.key_length is 0"),
         ("gemma3.attention.value_length", 128, "gemma3.attention.value_length is not the key length"),
@@ -265,6 +275,34 @@ def test_gguf_optional_keys() -> None:
 def test_gguf_errors_name_the_source_and_the_key(key: str, value: object, message: str) -> None:
     with pytest.raises(ModelError, match=f"^model.gguf: {message}"):
         Gemma3Config.from_gguf(GGUF_1B | {key: value}, source="model.gguf")
+
+
+def test_files_of_a_family_are_known_by_their_keys() -> None:
+    for model_type in ("gemma3", "gemma3_text"):
+        assert family_of_hf({"model_type": model_type}, "config.json") is FAMILY
+    assert family_of_gguf({"general.architecture": "gemma3"}, "model.gguf") is FAMILY
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "{} is missing; this is not a complete language model"),
+        ({"model_type": None, "general.architecture": None}, "{} is missing; this is not a complete language model"),
+        ({"model_type": ["gemma3"], "general.architecture": ["gemma3"]}, "{} is ['gemma3'], not a text"),
+        ({"model_type": "llama", "general.architecture": "llama"}, "{} is 'llama'; only {} can be run"),
+    ],
+)
+def test_files_of_no_family(content: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error lists what can be run, of all families."""
+    other = replace(FAMILY, model_types=("other",), architectures=("other",))
+    monkeypatch.setattr(registry, "FAMILIES", [FAMILY, other])
+    for family_of, key, known in (
+        (family_of_hf, "model_type", "gemma3, gemma3_text and other"),
+        (family_of_gguf, "general.architecture", "gemma3 and other"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            family_of(content, "a/model")
+        assert str(caught.value) == f"a/model: {message.format(key, known)}"
 
 
 JSON = st.recursive(

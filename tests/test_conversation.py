@@ -1,5 +1,7 @@
-"""Conversations: turns, what is dropped when the context is full, and files."""
+"""Conversations: their turns, the turns that are dropped when the context is full, and their files."""
 
+import errno
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +9,17 @@ import pytest
 
 from gemma_wgpu.apps.conversation import Conversation
 from gemma_wgpu.errors import RequestError
-from gemma_wgpu.tokens.chat import encode_chat
+from gemma_wgpu.tokens.chat import GEMMA3
 from gemma_wgpu.tokens.tokenizer import BPETokenizer
 from tests.tiny import PIECES, TYPES
 
 TOKENIZER = BPETokenizer(PIECES, -np.arange(len(PIECES), dtype=np.float32), np.array(TYPES, np.int32))
+ENCODE = partial(GEMMA3.encode, TOKENIZER)
 CONTEXT = 400
 
 
 def told(count: int, system: str = "") -> Conversation:
-    """A conversation of `count` exchanges that waits for a reply."""
+    """Return a conversation of `count` exchanges that waits for a reply."""
     conversation = Conversation(system)
     for number in range(count):
         conversation.say(f"question {number}")
@@ -31,11 +34,11 @@ def contents(conversation: Conversation) -> list[object]:
 
 def test_turns() -> None:
     conversation = Conversation("be kind")
-    assert conversation.tokens(TOKENIZER) == 0
+    assert conversation.tokens(ENCODE) == 0
     conversation.say("a")
     conversation.reply("b")
     assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
-    assert conversation.tokens(TOKENIZER) == len(encode_chat(TOKENIZER, conversation.messages))
+    assert conversation.tokens(ENCODE) == len(ENCODE(conversation.messages))
     assert conversation.take_back_reply()
     assert not conversation.take_back_reply()
     assert contents(conversation) == ["be kind", "a"]
@@ -56,31 +59,31 @@ def test_undo_takes_back_a_whole_exchange() -> None:
 def test_nothing_is_dropped_while_there_is_room() -> None:
     conversation = told(3)
     before = contents(conversation)
-    assert conversation.fit(TOKENIZER, conversation.tokens(TOKENIZER) * 8 // 7 + 1) == 0
+    assert conversation.fit(ENCODE, conversation.tokens(ENCODE) * 8 // 7 + 1) == 0
     assert contents(conversation) == before
 
 
 @pytest.mark.parametrize("system", ["", "be kind"])
 def test_the_oldest_are_dropped_and_the_system_text_stays(system: str) -> None:
     conversation = told(30, system)
-    dropped = conversation.fit(TOKENIZER, CONTEXT)
+    dropped = conversation.fit(ENCODE, CONTEXT)
     assert dropped % 2 == 0
     number = dropped // 2
     assert contents(conversation) == [*([system] if system else []), *contents(told(30))[dropped:]]
-    assert conversation.tokens(TOKENIZER) <= CONTEXT * 3 // 4
+    assert conversation.tokens(ENCODE) <= CONTEXT * 3 // 4
     longer = told(30, system)
     del longer.turns[: 2 * (number - 1)]
-    assert longer.tokens(TOKENIZER) > CONTEXT * 3 // 4
-    assert conversation.fit(TOKENIZER, CONTEXT) == 0
+    assert longer.tokens(ENCODE) > CONTEXT * 3 // 4
+    assert conversation.fit(ENCODE, CONTEXT) == 0
 
 
 def test_a_message_that_is_nearly_too_long() -> None:
     conversation = told(2)
     conversation.turns[-1]["content"] = "x" * 360
-    assert conversation.fit(TOKENIZER, CONTEXT) == 4
+    assert conversation.fit(ENCODE, CONTEXT) == 4
     conversation.turns[-1]["content"] = "x" * 400
     with pytest.raises(RequestError, match=r"has 4\d\d tokens; the context has 400. Shorten it"):
-        conversation.fit(TOKENIZER, CONTEXT)
+        conversation.fit(ENCODE, CONTEXT)
 
 
 def test_files(tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_files(tmp_path: Path) -> None:
 )
 def test_files_that_are_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "c.json").write_text(content)
-    with pytest.raises(RequestError, match=r"c\.json: not a conversation that was saved here"):
+    with pytest.raises(RequestError, match=r"c\.json: this is no conversation that was saved here"):
         Conversation.load(tmp_path / "c.json")
 
 
@@ -113,3 +116,21 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
         Conversation.load(tmp_path / "none")
     with pytest.raises(RequestError, match="none/c: cannot be written: No such file"):
         Conversation().save(tmp_path / "none/c", {})
+
+
+def test_a_file_is_kept_if_a_new_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told(1).save(tmp_path / "c.json", {})
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RequestError, match=r"c\.json: cannot be written: the disk is full"):
+        told(2).save(tmp_path / "c.json", {})
+    assert Conversation.load(tmp_path / "c.json")[0] == told(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_half_a_character(tmp_path: Path) -> None:
+    """JSON can write it, but UTF-8 cannot."""
+    told(1, "\ud83d").save(tmp_path / "c.json", {})
+    assert Conversation.load(tmp_path / "c.json")[0] == told(1, "\ud83d")

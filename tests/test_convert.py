@@ -1,4 +1,4 @@
-"""What `convert` writes, against the source and against `quantize` on whole matrices; and its interruptions."""
+"""Checks what `convert` writes against the model and against `quantize` on whole matrices, and interrupts it."""
 
 import json
 import os
@@ -19,10 +19,12 @@ from safetensors import safe_open
 
 from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.ops.layout import Layout
+from gemma_wgpu.progress import OnProgress, Progress
 from gemma_wgpu.weights import convert as module
-from gemma_wgpu.weights.checkpoint import EMBEDDING, Checkpoint, matrix_shapes, norm_shapes, open_checkpoint
+from gemma_wgpu.weights.checkpoint import Checkpoint
 from gemma_wgpu.weights.convert import convert, default_quant
 from gemma_wgpu.weights.folder import FolderCheckpoint
+from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.quantize import quantize
 from tests.checkpoints import (
     CONFIG,
@@ -34,6 +36,7 @@ from tests.checkpoints import (
     write_gguf,
     write_hf,
 )
+from tests.table import EMBEDDING, matrix_shapes, norm_shapes
 from tests.vocabulary import rust_ids, small_tokenizer_json
 
 WIDE = replace(CONFIG, hidden_size=256, intermediate_size=512, head_dim=128)
@@ -52,18 +55,18 @@ def bf16(tmp_path: Path) -> Path:
     return folder
 
 
-def converted(source: Path, out: Path, **options: object) -> FolderCheckpoint:
-    with open_checkpoint(source) as checkpoint:
+def converted(original: Path, out: Path, **options: object) -> FolderCheckpoint:
+    with open_checkpoint(original) as checkpoint:
         convert(checkpoint, out, **options)  # type: ignore[arg-type]
     opened = open_checkpoint(out)
     assert isinstance(opened, FolderCheckpoint)
     return opened
 
 
-def check_norms(folder: Checkpoint, source: Checkpoint) -> None:
-    for name, (size,) in norm_shapes(source.config).items():
-        assert folder.norm(name).shape == (size,)
-        assert same_bits(folder.norm(name), source.norm(name))
+def check_norms(folder: Checkpoint, original: Checkpoint) -> None:
+    for name, (size,) in norm_shapes(original.config).items():
+        assert folder.values(name).shape == (size,)
+        assert same_bits(folder.values(name), original.values(name))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -72,22 +75,23 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_keeps_every_encoding(kind: GGMLQuantizationType, tmp_path: Path) -> None:
-    """Word for word what loading the GGUF itself gives, in one file or in many."""
+    """The folder has the words that loading the GGUF itself gives, in one file or in many."""
     config = WIDE if "K" in kind.name else CONFIG
     path = write_gguf(
         tmp_path / "tiny.gguf", gguf_metadata(config), gguf_tensors(np.random.default_rng(2), kind, config)
     )
     for shard_size in (20_000 if config is CONFIG else 400_000, 1 << 30):
         out = tmp_path / f"out{shard_size}"
-        with converted(path, out, quant="keep", shard_size=shard_size) as folder, open_checkpoint(path) as source:
-            assert (folder.config, folder.name, folder.quantization) == (source.config, "Tiny", source.quantization)
+        with converted(path, out, quant="keep", shard_size=shard_size) as folder, open_checkpoint(path) as original:
+            assert folder.config == original.config
+            assert (folder.name, folder.quantization) == ("Tiny", original.quantization)
             assert all(size <= shard_size for file in out.iterdir() for size in [file.stat().st_size])
             for name, shape in matrix_shapes(config).items():
-                expected, tensor = source.tensor(name).pack(), folder.tensor(name)
+                expected, tensor = original.tensor(name).pack(), folder.tensor(name)
                 assert (tensor.name, tensor.shape, tensor.layout) == (name, shape, expected.layout)
                 assert np.array_equal(tensor.pack().quants, expected.quants)
                 assert np.array_equal(tensor.pack().scales, expected.scales)
-            check_norms(folder, source)
+            check_norms(folder, original)
 
 
 @pytest.mark.parametrize(
@@ -113,20 +117,20 @@ def test_quantises(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As `quantize` does whole matrices, though read in parts and split over shards."""
+    """The words are those that `quantize` makes of whole matrices, though rows are read and split apart."""
     monkeypatch.setattr(module, "_CHUNK", 640)
     options = {"quant": quant, "embedding": embedding, "shard_size": 4000}
-    with converted(bf16, tmp_path / "out", **options) as folder, open_checkpoint(bf16) as source:
+    with converted(bf16, tmp_path / "out", **options) as folder, open_checkpoint(bf16) as original:
         for name in matrix_shapes(CONFIG):
             layout = layouts[name == EMBEDDING]
             packed = folder.tensor(name).pack()
-            expected = source.tensor(name).pack()
+            expected = original.tensor(name).pack()
             if layout != Layout.BF16:
                 expected = quantize(expected.dequantize(), layout)
             assert packed.layout == layout
             assert np.array_equal(packed.quants, expected.quants)
             assert np.array_equal(packed.scales, expected.scales)
-        check_norms(folder, source)
+        check_norms(folder, original)
         assert folder.quantization == ("bf16" if quant == "keep" else quant or "int4")
         assert folder.name == "tiny-it"
 
@@ -136,9 +140,9 @@ def test_what_is_in_the_layout_already_is_not_touched(tmp_path: Path) -> None:
     tensors = gguf_tensors(np.random.default_rng(3), GGMLQuantizationType.Q5_0, kinds=kinds)
     path = write_gguf(tmp_path / "tiny.gguf", gguf_metadata(), tensors)
     options = {"quant": "int8", "embedding": "int4", "shard_size": SHARD}
-    with converted(path, tmp_path / "out", **options) as folder, open_checkpoint(path) as source:
+    with converted(path, tmp_path / "out", **options) as folder, open_checkpoint(path) as original:
         for name in matrix_shapes(CONFIG):
-            assert np.array_equal(folder.tensor(name).pack().quants, source.tensor(name).pack().quants)
+            assert np.array_equal(folder.tensor(name).pack().quants, original.tensor(name).pack().quants)
 
 
 def test_a_folder_of_ours_is_a_source(bf16: Path, tmp_path: Path) -> None:
@@ -152,13 +156,13 @@ def test_a_folder_of_ours_is_a_source(bf16: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_kept_unless_told(bf16: Path, tmp_path: Path) -> None:
-    with open_checkpoint(bf16) as source:
-        assert default_quant(source) == "int4"
+    with open_checkpoint(bf16) as original:
+        assert default_quant(original) == "int4"
     path = write_gguf(
         tmp_path / "tiny.gguf", gguf_metadata(), gguf_tensors(np.random.default_rng(3), GGMLQuantizationType.Q8_0)
     )
-    with open_checkpoint(path) as source:
-        assert default_quant(source) == "keep"
+    with open_checkpoint(path) as original:
+        assert default_quant(original) == "keep"
 
 
 def test_the_tokenizer(bf16: Path, tmp_path: Path) -> None:
@@ -170,7 +174,7 @@ def test_the_tokenizer(bf16: Path, tmp_path: Path) -> None:
 
 
 def test_shards_are_safetensors(bf16: Path, tmp_path: Path) -> None:
-    """Read by the `safetensors` package: the words at the manifest's offsets, in upload order, nothing else."""
+    """The `safetensors` package finds the words at the manifest's offsets, in upload order, and nothing else."""
     with converted(bf16, tmp_path / "out", quant="int4", shard_size=6000) as folder:
         manifest = folder.manifest
     assert len(manifest.shards) > 5
@@ -198,12 +202,12 @@ def test_shards_are_safetensors(bf16: Path, tmp_path: Path) -> None:
 
 
 def test_progress_comes_to_all_the_bytes(bf16: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    converted(bf16, tmp_path / "out", shard_size=SHARD, progress=lambda *at: seen.append(at)).close()
+    seen: list[Progress] = []
+    converted(bf16, tmp_path / "out", shard_size=SHARD, progress=seen.append).close()
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    assert {total for _, total in seen} == {written}
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert (seen[0][0], seen[-1][0]) == (0, written)
+    assert {(step.what, step.total, step.unit) for step in seen} == {("converting", written, "bytes")}
+    assert [step.done for step in seen] == sorted(step.done for step in seen)
+    assert (seen[0].done, seen[-1].done) == (0, written)
 
 
 # Options and names that cannot be.
@@ -212,8 +216,8 @@ def test_progress_comes_to_all_the_bytes(bf16: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant": "int3"}, "no such quantisation: 'int3'"),
-        ({"embedding": "f16"}, "no such quantisation: 'int4' with the embedding as 'f16'"),
+        ({"quant": "int3"}, "there is no such quantisation: 'int3'"),
+        ({"embedding": "f16"}, "there is no such quantisation: 'int4' with the embedding as 'f16'"),
         ({"shard_size": 0}, "shards of 0 bytes cannot be"),
         ({"shard_size": 300}, "a shard of 300 bytes cannot hold two rows of model.embed_tokens.weight"),
     ],
@@ -248,12 +252,120 @@ def test_force_replaces_model_folders_only(bf16: Path, tmp_path: Path) -> None:
     assert (tmp_path / "photos" / "holiday.png").read_text() == "x"
 
 
+def web_app(out: Path) -> None:
+    for path in out.iterdir():
+        path.unlink()
+    (out / "manifest.json").write_text('{"name": "A web app", "icons": [], "start_url": "/"}')
+    (out / "index.html").write_text("<html></html>")
+
+
+def newer(out: Path) -> None:
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+
+
+MANIFEST = "exists, and its manifest.json is damaged or not that of a model folder which this version can read"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (web_app, MANIFEST),
+        (newer, MANIFEST),
+        (lambda out: os.truncate(out / "manifest.json", 1000), MANIFEST),
+        (lambda out: (out / "manifest.json").write_bytes(b""), MANIFEST),
+        (lambda out: (out / "manifest.json").unlink(), "exists and is not a model folder"),
+        (
+            lambda out: (out / "notes.txt").write_text("x"),
+            "exists and has notes.txt in it, which is not of the model",
+        ),
+        (lambda out: (out / ".git").mkdir(), "exists and has .git in it, which is not of the model"),
+    ],
+    ids=[
+        "a web app",
+        "a newer format",
+        "half a manifest",
+        "no content",
+        "no manifest",
+        "a file more",
+        "a folder more",
+    ],
+)
+def test_force_leaves_other_folders_alone(
+    change: Callable[[Path], object], problem: str, bf16: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    converted(bf16, out, quant="int8").close()
+    change(out)
+    before = sorted((path, path.is_file() and path.read_bytes()) for path in out.iterdir())
+    with pytest.raises(RequestError) as caught:
+        converted(bf16, out, quant="int4", force=True)
+    assert str(caught.value) == f"{out}: {problem}, so it is not replaced; choose another name"
+    assert sorted((path, path.is_file() and path.read_bytes()) for path in out.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny-it"]
+
+
+@pytest.mark.parametrize("missing", [[], ["config.json"]], ids=["whole", "in part"])
+def test_force_replaces_a_folder_of_ours(missing: list[str], bf16: Path, tmp_path: Path) -> None:
+    """A file that is missing is no loss."""
+    out = tmp_path / "out"
+    converted(bf16, out, quant="int8").close()
+    for name in missing:
+        (out / name).unlink()
+    converted(bf16, out, quant="int4", force=True).close()
+    converted(bf16, tmp_path / "undisturbed", quant="int4").close()
+    assert content(out) == content(tmp_path / "undisturbed")
+
+
+def test_force_fills_an_empty_folder(bf16: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RequestError, match="out: exists already"):
+        converted(bf16, tmp_path / "out")
+    converted(bf16, tmp_path / "out", force=True).close()
+
+
+def at_the_end(do: Callable[[], object]) -> OnProgress:
+    def progress(step: Progress) -> None:
+        if step.done == step.total:
+            do()
+
+    return progress
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_comes_while_it_converts_is_not_replaced(force: bool, bf16: Path, tmp_path: Path) -> None:
+    """The conversion is finished as soon as the name is free."""
+    out = tmp_path / "out"
+    if force:
+        converted(bf16, out).close()
+
+    def come() -> None:
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("x")
+
+    problem = "has notes.txt in it" if force else "exists already"
+    with pytest.raises(RequestError, match=problem):
+        converted(bf16, out, quant="int8", force=force, progress=at_the_end(come))
+    assert (out / "notes.txt").read_text() == "x"
+    out.rename(tmp_path / "elsewhere")
+    steps: list[Progress] = []
+    converted(bf16, out, quant="int8", force=force, progress=steps.append).close()
+    assert [step.done for step in steps] == [0, steps[0].total]  # no shard was written again
+
+
 def test_a_folder_in_the_way_of_the_partial_one(bf16: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "holiday.png").write_text("x")
     with pytest.raises(RequestError, match="holiday.png: is not of an interrupted conversion; move it"):
         converted(bf16, tmp_path / "out")
     assert (tmp_path / "out.partial" / "holiday.png").read_text() == "x"
+
+
+def test_a_file_in_the_way_of_the_partial_folder(bf16: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").write_text("x")
+    with pytest.raises(RequestError, match="out.partial: is in the way; move it or choose another name"):
+        converted(bf16, tmp_path / "out")
+    assert (tmp_path / "out.partial").read_text() == "x"
 
 
 def test_weights_that_cannot_be_quantised(tmp_path: Path) -> None:
@@ -272,10 +384,10 @@ def test_weights_that_cannot_be_quantised(tmp_path: Path) -> None:
 _RUN = """
 import os, signal, sys
 from pathlib import Path
-from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.convert import convert
 
-source, out, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+original, out, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 count = 0
 
 def step(*_):
@@ -289,17 +401,17 @@ def touched(event, arguments):
     if ours or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
         step()
 
-with open_checkpoint(source) as checkpoint:
+with open_checkpoint(original) as checkpoint:
     sys.addaudithook(touched)
     convert(checkpoint, out, quant="int4", shard_size=16000, force=True, progress=step)
 print(count)
 """
 
 
-def run(source: Path, out: Path, kill_at: int) -> int:
-    """The touches there were; the run must have died at `kill_at` unless that is 0."""
+def run(original: Path, out: Path, kill_at: int) -> int:
+    """Return the number of touches; the run must have died at `kill_at` unless that is 0."""
     done = subprocess.run(
-        [sys.executable, "-c", _RUN, str(source), str(out), str(kill_at)],
+        [sys.executable, "-c", _RUN, str(original), str(out), str(kill_at)],
         capture_output=True,
         text=True,
         check=False,
@@ -310,7 +422,7 @@ def run(source: Path, out: Path, kill_at: int) -> int:
 
 
 def test_killed_and_run_again(bf16: Path, tmp_path: Path) -> None:
-    """At five points by chance, and at the last few, where the names change: the same bytes in the end."""
+    """Killed at five points by chance, or at the last few, which change names, it ends with the same bytes."""
     touches = run(bf16, tmp_path / "undisturbed", 0)
     expected = content(tmp_path / "undisturbed")
     assert len(expected) > 5
@@ -335,7 +447,7 @@ def test_killed_again_and_again(bf16: Path, tmp_path: Path) -> None:
 
 
 def test_killed_while_replacing(bf16: Path, tmp_path: Path) -> None:
-    """Under the final name there is the old model, the new one, or for a moment none; never a mixture."""
+    """The final name stands for the old model, for the new one, or for a moment for none, but never for a mixture."""
     converted(bf16, tmp_path / "old", quant="f16").close()
     old = content(tmp_path / "old")
 
@@ -359,7 +471,7 @@ def test_killed_while_replacing(bf16: Path, tmp_path: Path) -> None:
 
 
 def test_the_old_model_comes_back(bf16: Path, tmp_path: Path) -> None:
-    """Of a run that was killed after it moved the old model away, and before the new one had its name."""
+    """A run was killed after it had moved the old model away, and before the new one had its name."""
     out = tmp_path / "out"
     converted(bf16, out).close()
     before = content(out)
@@ -373,18 +485,18 @@ class StopError(Exception):
     pass
 
 
-def stop_after(shards: int) -> Callable[[int, int], None]:
-    def progress(done: int, total: int) -> None:
-        if done > shards * SHARD:
+def stop_after(shards: int) -> OnProgress:
+    def stop(progress: Progress) -> None:
+        if progress.done > shards * SHARD:
             raise StopError
 
-    return progress
+    return stop
 
 
-def interrupted(source: Path, out: Path, **options: object) -> Path:
-    """The partial folder of a conversion that stopped after some shards."""
+def interrupted(original: Path, out: Path, **options: object) -> Path:
+    """Return the partial folder of a conversion that stopped after some shards."""
     with pytest.raises(StopError):
-        converted(source, out, shard_size=SHARD, progress=stop_after(2), **options)
+        converted(original, out, shard_size=SHARD, progress=stop_after(2), **options)
     partial = out.with_name(out.name + ".partial")
     assert (partial / "progress.json").is_file()
     return partial
@@ -402,13 +514,36 @@ def test_finished_shards_are_kept(bf16: Path, tmp_path: Path) -> None:
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-@pytest.mark.parametrize("change", ["options", "source", "shard", "cut", "record", "half a record"])
+@pytest.mark.parametrize("record", [None, b"", b"{}", b"[1]", b"[" * 100_000])
+def test_what_is_not_of_a_conversion_is_kept(record: bytes | None, bf16: Path, tmp_path: Path) -> None:
+    """Another conversion would begin anew, and remove the folder of the first one."""
+    partial = interrupted(bf16, tmp_path / "out", quant="int8")
+    (partial / "notes.txt").write_text("x")
+    if record is not None:
+        (partial / "progress.json").write_bytes(record)
+    with pytest.raises(RequestError, match="notes.txt: is not of an interrupted conversion; move it"):
+        converted(bf16, tmp_path / "out", quant="int4", shard_size=SHARD)
+    assert (partial / "notes.txt").read_text() == "x"
+    (partial / "notes.txt").unlink()
+    converted(bf16, tmp_path / "out", quant="int4", shard_size=SHARD).close()
+
+
+def test_half_a_record_is_not_published(bf16: Path, tmp_path: Path) -> None:
+    """A process that is killed while it writes its record leaves it under another name."""
+    partial = interrupted(bf16, tmp_path / "out")
+    (partial / ".progress.json.123").write_bytes(b"{")
+    with converted(bf16, tmp_path / "out", shard_size=SHARD) as folder:
+        names = {path.name for path in folder.files}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+@pytest.mark.parametrize("change", ["options", "original", "shard", "cut", "record", "half a record"])
 def test_nothing_is_kept_of_another_conversion(change: str, bf16: Path, tmp_path: Path) -> None:
-    """Other options, a source that was written to, a shard that was damaged, a record that was."""
+    """Other options, another model, a damaged shard and a damaged record each make a shard anew."""
     partial = interrupted(bf16, tmp_path / "out", quant="int8" if change == "options" else "int4")
     shard, record = first_shard(partial), partial / "progress.json"
     match change:
-        case "source":
+        case "original":
             os.utime(bf16 / "model.safetensors", ns=(1, 1))
         case "shard":
             damaged = bytearray(shard.read_bytes())

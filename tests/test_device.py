@@ -1,7 +1,8 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -130,13 +131,13 @@ def test_reads_under_an_event_loop_let_other_tasks_run(device: NativeDevice) -> 
     buffer = device.upload(np.arange(1 << 16, dtype=np.uint32), "large")
     program = device.record([adding(device, buffer, 1, 1 << 15)])
 
-    async def read_both() -> list[NDArray[np.uint8]]:
+    async def read_both() -> tuple[NDArray[np.uint8], NDArray[np.uint8], None]:
         before = device.read(buffer)
         device.submit([program])
-        return await asyncio.gather(before_of(before), before_of(device.read(buffer)), asyncio.sleep(0, np.zeros(4)))
+        return await asyncio.gather(arrival(before), arrival(device.read(buffer)), asyncio.sleep(0))
 
-    async def before_of(read: object) -> NDArray[np.uint8]:
-        return await read  # type: ignore[misc]
+    async def arrival(reading: Awaitable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        return await reading
 
     before, after, _ = asyncio.run(read_both())
     expected = np.arange(1 << 16, dtype=np.uint32)
@@ -155,6 +156,53 @@ def test_what_was_read_stays_when_the_staging_memory_is_used_again(device: Nativ
         return [first.view(np.uint32).tolist(), second.view(np.uint32).tolist()]
 
     assert device.wait(twice()) == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_a_copy_is_ordered_with_submits_and_writes(device: NativeDevice) -> None:
+    source, target = device.upload(numbers(1, 2, 3, 4), "source"), device.upload(numbers(9, 9, 9, 9), "target")
+    program = device.record([adding(device, source, 10, 4)])
+    device.submit([program])
+    device.copy(source, target, 8, source_offset=4, target_offset=8)
+    device.write(source, numbers(0, 0, 0, 0))
+    device.submit([device.record([adding(device, target, 100)])])
+    assert words(device, target) == [109, 9, 12, 13]
+
+
+def test_a_copy_past_the_end_is_an_error(device: NativeDevice) -> None:
+    source, target = device.buffer(32, "source"), device.upload(numbers(1, 2, 3, 4), "target")
+    for offsets in ((0, 4), (28, 0)):
+        with pytest.raises(DeviceError, match="copying buffer 'source'"):
+            device.copy(source, target, 16, *offsets)
+    target.destroy()
+    with pytest.raises(DeviceError, match="'target' was freed"):
+        device.copy(source, target, 16)
+
+
+def test_a_read_may_be_awaited_by_many(device: NativeDevice) -> None:
+    """They are two coroutines of one event loop, this thread, and another thread with an event loop of its own."""
+
+    async def get(reading: Awaitable[NDArray[np.uint8]]) -> list[int]:
+        return [int(word) for word in (await reading).view(np.uint32)]
+
+    async def both(reading: Awaitable[NDArray[np.uint8]]) -> list[int]:
+        cancelled = asyncio.ensure_future(get(reading))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        first, second = await asyncio.gather(get(reading), get(reading))
+        return first + second
+
+    buffer = device.upload(numbers(1, 2, 3, 4), "row")
+    slow = device.record(
+        [Dispatch(device.pipeline("slow", {"AMOUNT": 1_000_000}), (device.buffer(16, "n"),), (1, 1, 1))]
+    )
+    device.submit([slow])
+    reading = device.read(buffer)
+    with ThreadPoolExecutor() as threads:
+        other = threads.submit(lambda: asyncio.run(both(reading)))
+        blocking = threads.submit(lambda: device.wait(get(reading)))
+        assert asyncio.run(both(reading)) == [1, 2, 3, 4, 1, 2, 3, 4]
+        assert other.result(timeout=60) == [1, 2, 3, 4, 1, 2, 3, 4]
+        assert blocking.result(timeout=60) == [1, 2, 3, 4]
 
 
 def test_wait_returns_what_the_coroutine_does(device: NativeDevice) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,11 +26,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.fetch import download as module
-from gemma_wgpu.fetch.download import cache_folder
 from gemma_wgpu.fetch.hub import find
-from gemma_wgpu.weights.checkpoint import EMBEDDING, open_checkpoint
+from gemma_wgpu.files import cache_folder
+from gemma_wgpu.progress import Progress
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.folder import FolderCheckpoint
+from gemma_wgpu.weights.opening import open_checkpoint
 from tests.checkpoints import gguf_metadata, gguf_tensors, write_gguf
 from tests.host import (
     Host,
@@ -45,6 +47,7 @@ from tests.host import (
     whole,
     wrong_range,
 )
+from tests.table import EMBEDDING
 
 SHARD = 60_000
 FIRST, SECOND = (f"weights-{number:05}-of-00003.safetensors" for number in (1, 2))
@@ -53,8 +56,8 @@ FILES = ["config.json", "vocabulary.bin", *(f"weights-{number:05}-of-00003.safet
 
 def made(folder: Path, seed: int) -> Path:
     tensors = gguf_tensors(np.random.default_rng(seed), GGMLQuantizationType.BF16)
-    with open_checkpoint(write_gguf(folder / f"{seed}.gguf", gguf_metadata(), tensors)) as source:
-        convert(source, folder / f"tiny-{seed}", quant="keep", shard_size=SHARD)
+    with open_checkpoint(write_gguf(folder / f"{seed}.gguf", gguf_metadata(), tensors)) as original:
+        convert(original, folder / f"tiny-{seed}", quant="keep", shard_size=SHARD)
     return folder / f"tiny-{seed}"
 
 
@@ -75,7 +78,7 @@ def host(versions: tuple[Path, Path]) -> Iterator[Host]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache; new tries come soon."""
+    """Return an empty cache; new tries come soon."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GEMMA_WGPU_CACHE", str(tmp_path / "cache"))
@@ -89,10 +92,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TIMEOUT", 0.2)
 
 
-def check(folder: Path, source: Path) -> None:
-    """The same bytes, and nothing else."""
+def check(folder: Path, original: Path) -> None:
+    """Both folders have the same files with the same bytes."""
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        path.name: path.read_bytes() for path in source.iterdir()
+        path.name: path.read_bytes() for path in original.iterdir()
     }
 
 
@@ -101,22 +104,24 @@ def parts(cache: Path) -> list[str]:
 
 
 def fails(url: str, message: str) -> None:
-    """In one line."""
+    """The error is one line."""
     with pytest.raises(ModelError, match=message) as raised:
         find(url)
     assert "\n" not in str(raised.value)
 
 
 def test_a_hosted_folder(host: Host, cache: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    folder = find(host.url, lambda done, total: seen.append((done, total)))
+    seen: list[Progress] = []
+    folder = find(host.url, seen.append)
     check(folder, host.folder)
     assert cache in folder.parents
     assert host.asked() == [(name, None) for name in ["manifest.json", *FILES]]
     total = sum((host.folder / name).stat().st_size for name in FILES)
-    assert seen == sorted(seen) and seen[0] == (0, total) and seen[-1] == (total, total)
-    with FolderCheckpoint(folder) as checkpoint, FolderCheckpoint(host.folder) as source:
-        assert np.array_equal(checkpoint.tensor(EMBEDDING).pack().quants, source.tensor(EMBEDDING).pack().quants)
+    assert {(step.what, step.total, step.unit) for step in seen} == {("downloading", total, "bytes")}
+    done = [step.done for step in seen]
+    assert done == sorted(done) and (done[0], done[-1]) == (0, total)
+    with FolderCheckpoint(folder) as checkpoint, FolderCheckpoint(host.folder) as original:
+        assert np.array_equal(checkpoint.tensor(EMBEDDING).pack().quants, original.tensor(EMBEDDING).pack().quants)
 
 
 def test_a_folder_that_is_there_is_not_downloaded_again(host: Host) -> None:
@@ -152,11 +157,11 @@ def test_two_addresses_do_not_mix(host: Host, versions: tuple[Path, Path]) -> No
     ["http://", "https:///path", "http://host:port/x", "http://[::1/x", "http://a..b/x", "http://ho st/x"],
 )
 def test_what_is_not_an_address(url: str) -> None:
-    fails(url, "not a web address")
+    fails(url, "this is not a web address")
 
 
 def test_a_password_in_an_address() -> None:
-    fails("http://me:secret@host/x", "not a web address that can be used")
+    fails("http://me:secret@host/x", "this is not a web address that can be used")
 
 
 def test_a_dropped_connection_is_gone_on_with(host: Host, cache: Path) -> None:
@@ -192,7 +197,7 @@ def test_the_next_run_goes_on(host: Host, cache: Path) -> None:
     host.asked()
     del host.replies[SECOND]
     seen: list[int] = []
-    check(find(host.url, lambda done, _: seen.append(done)), host.folder)
+    check(find(host.url, lambda step: seen.append(step.done)), host.folder)
     names = ["manifest.json", *FILES[FILES.index(SECOND) :]]
     assert host.asked() == [(name, "bytes=7000-" if name == SECOND else None) for name in names]
     assert seen == sorted(seen)
@@ -217,7 +222,7 @@ def test_a_server_that_does_not_tell_sizes(host: Host) -> None:
 
 
 def leave_part(host: Host, cache: Path, data: bytes) -> None:
-    """What an earlier run has left of the first shard."""
+    """Make `data` what an earlier run has left of the first shard."""
     host.replies[FIRST] = [drop(100), drop(0)]
     fails(host.url, "stopped")
     next(cache.rglob(f"{FIRST}.part")).write_bytes(data)
@@ -316,18 +321,18 @@ def test_a_server_in_trouble(host: Host) -> None:
 @pytest.mark.parametrize("body", [b"<html>", b"[1]", b"\xff\xfe", b"", b"[" * 100_000])
 def test_not_a_model_folder(host: Host, body: bytes) -> None:
     host.replies["manifest.json"] = [answer(200, body)]
-    fails(host.url, f"^{host.url}/manifest.json: not the manifest of a model folder; give the address of")
+    fails(host.url, f"^{host.url}/manifest.json: this is not the manifest of a model folder; give the address of")
 
 
 def test_a_newer_format(host: Host) -> None:
     content = json.loads((host.folder / "manifest.json").read_bytes()) | {"format": 2}
     host.replies["manifest.json"] = [answer(200, json.dumps(content).encode())]
-    fails(host.url, f"^{host.url}/manifest.json: a model folder of format version 2.*upgrade it$")
+    fails(host.url, f"^{host.url}/manifest.json: the model folder has format 2, .*upgrade it$")
 
 
 def test_a_manifest_of_another_kind(host: Host) -> None:
     host.replies["manifest.json"] = [answer(200, b'{"name": "A web app"}')]
-    fails(host.url, f"^{host.url}/manifest.json: damaged manifest")
+    fails(host.url, f"^{host.url}/manifest.json: the manifest is damaged")
 
 
 def test_redirects(host: Host) -> None:
@@ -386,7 +391,7 @@ def test_a_cache_that_is_not_whole_does_not_do(host: Host) -> None:
 def test_of_two_versions_in_the_cache_the_newer_one_will_do(
     host: Host, versions: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Where the older one could not be deleted."""
+    """The older one could not be deleted."""
     old = find(host.url)
     shutil.copytree(old, tmp_path / "old")
     host.folder = versions[1]
@@ -404,9 +409,9 @@ def test_a_process_that_ended_before_the_manifest_was_written(host: Host) -> Non
     (folder / "manifest.json").unlink()
     host.asked()
     total = sum((folder / name).stat().st_size for name in FILES)
-    seen: list[tuple[int, int]] = []
-    assert find(host.url, lambda *progress: seen.append(progress)) == folder
-    assert seen == [(total, total)]
+    seen: list[Progress] = []
+    assert find(host.url, seen.append) == folder
+    assert seen == [Progress("downloading", total, total)]
     check(folder, host.folder)
     assert host.asked() == [("manifest.json", None)]
 
@@ -457,6 +462,14 @@ def test_several_processes_at_once(host: Host) -> None:
     assert sorted(names) == sorted([*["manifest.json"] * 3, *FILES])  # one has downloaded, the others have waited
 
 
+def test_several_threads_at_once(host: Host) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        (folder,) = set(pool.map(find, [host.url] * 4))
+    check(folder, host.folder)
+    names = [name for name, _ in host.asked()]
+    assert sorted(names) == sorted([*["manifest.json"] * 4, *FILES])
+
+
 def test_a_killed_process_is_in_nobodys_way(host: Host) -> None:
     host.replies[FIRST] = [stall(20_000), whole]
     with process(host.url) as run:
@@ -466,7 +479,7 @@ def test_a_killed_process_is_in_nobodys_way(host: Host) -> None:
 
 
 class Clock:
-    """Stands in for `time`: sleeping takes no time at all, and far more than what is asked for."""
+    """Stands in for `time`: sleeping takes no time in truth, and by this clock far more than is asked for."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -486,9 +499,9 @@ def test_another_process_is_waited_for_while_it_gets_ahead(
     monkeypatch.setattr(module, "time", Clock())
     seen: list[int] = []
 
-    def get_ahead(done: int, _: int) -> None:
-        """What the other process does meanwhile: it ends when it has 10,000 bytes of the shard."""
-        seen.append(done)
+    def get_ahead(step: Progress) -> None:
+        """Do what the other process does meanwhile: it ends when it has 10,000 bytes of the shard."""
+        seen.append(step.done)
         if not other.closed and part.stat().st_size == 10_000:
             other.close()
         elif not other.closed:
@@ -520,7 +533,7 @@ COMMIT = "c" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of Hugging Face as downloads take, with the repositories that are the folders in `server.root`."""
+    """Does as much of Hugging Face's work as downloads take; the folders in `server.root` are its repositories."""
 
     server: "HubServer"
 
@@ -620,7 +633,7 @@ print(json.dumps(found))
 
 
 def found(address: str, home: Path, *names: str) -> dict[str, str]:
-    """What `find` gives for each name in a new process, in which huggingface_hub asks the server at `address`."""
+    """Return what `find` gives for each name in a new process, where huggingface_hub asks the server at `address`."""
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
         **{"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
@@ -659,12 +672,13 @@ def test_hugging_face_does_not_have_it(hub: HubServer, tmp_path: Path) -> None:
         "some/several/b-Q8_0.gguf, some/several/more/c.gguf"
     )
     assert errors["some/several/x.gguf"] == (
-        "ModelError: some/several/x.gguf: not in that repository; choose one of some/several/a-Q4_0.gguf, "
-        "some/several/b-Q8_0.gguf, some/several/more/c.gguf"
+        "ModelError: some/several/x.gguf: there is no such file in that repository; choose one of "
+        "some/several/a-Q4_0.gguf, some/several/b-Q8_0.gguf, some/several/more/c.gguf"
     )
-    assert errors["some/none/x.gguf"].endswith("not in that repository; it has no .gguf file")
+    assert errors["some/none/x.gguf"].endswith("there is no such file in that repository; it has no .gguf file")
     assert (
-        "gone/model: no such file or folder, and it cannot be downloaded: no such repository" in errors["gone/model"]
+        "gone/model: there is no such file or folder, and it cannot be downloaded: there is no such repository"
+        in errors["gone/model"]
     )
     assert "its terms must be accepted" in errors["gated/model"]
 
@@ -673,12 +687,12 @@ def test_hugging_face_cannot_be_reached(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         error = found(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path, "some/one")["some/one"]
-    assert error.startswith("ModelError: some/one: no such file or folder, and it cannot be downloaded: ")
+    assert error.startswith("ModelError: some/one: there is no such file or folder, and it cannot be downloaded: ")
     assert "\n" not in error
 
 
 def test_a_connection_to_hugging_face_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not mean that there is no such file."""
+    """Such a failure does not mean that there is no such file."""
 
     def download(*_: object) -> str:
         raise LocalEntryNotFoundError("no connection")
@@ -686,4 +700,7 @@ def test_a_connection_to_hugging_face_that_fails(monkeypatch: pytest.MonkeyPatch
     files = SimpleNamespace(siblings=[SimpleNamespace(rfilename="x.gguf")])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: files)
-    fails("some/one/x.gguf", "^some/one/x.gguf: no such file or folder, and it cannot be downloaded: no connection$")
+    fails(
+        "some/one/x.gguf",
+        "^some/one/x.gguf: there is no such file or folder, and it cannot be downloaded: no connection$",
+    )

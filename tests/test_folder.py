@@ -1,4 +1,4 @@
-"""Reading model folders: the same words wherever rows are cut, as views; and all that can be wrong with one."""
+"""Reading model folders: rows give the same words wherever they are cut, and all damage is found."""
 
 import hashlib
 import json
@@ -21,12 +21,13 @@ from safetensors import safe_open
 
 from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.ops.layout import Layout
-from gemma_wgpu.weights.checkpoint import EMBEDDING, matrix_shapes, open_checkpoint
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.folder import FolderCheckpoint
 from gemma_wgpu.weights.manifest import Entry, Manifest, plan
+from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.summary import summarize
 from tests.checkpoints import CONFIG, gguf_metadata, gguf_tensors, resident, same_bits, write_gguf
+from tests.table import EMBEDDING, matrix_shapes
 
 Q = GGMLQuantizationType
 MATRICES = list(matrix_shapes(CONFIG))
@@ -34,36 +35,36 @@ MATRICES = list(matrix_shapes(CONFIG))
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Matrices in five layouts, of rows of 64 and 128 weights."""
+    """Write matrices in five layouts, with rows of 64 and 128 weights."""
     kinds = {name: kind for name, kind in zip(MATRICES, [Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.BF16, Q.F32] * 9, strict=False)}
     tensors = gguf_tensors(np.random.default_rng(6), Q.Q8_0, kinds=kinds)
-    return write_gguf(tmp_path_factory.mktemp("source") / "tiny.gguf", gguf_metadata(), tensors)
+    return write_gguf(tmp_path_factory.mktemp("original") / "tiny.gguf", gguf_metadata(), tensors)
 
 
 @pytest.fixture(scope="module")
 def made(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "tiny"
-    with open_checkpoint(gguf) as source:
-        convert(source, out, quant="keep", shard_size=4000)
+    with open_checkpoint(gguf) as original:
+        convert(original, out, quant="keep", shard_size=4000)
     return out
 
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """Return a copy that may be damaged."""
     return Path(shutil.copytree(made, tmp_path / "tiny"))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_rows(made: Path, gguf: Path, data: st.DataObject) -> None:
-    """Over shards and within them, as the GGUF reader packs them."""
-    with open_checkpoint(made) as opened, open_checkpoint(gguf) as source:
+    """Rows that lie in one shard or in several are as the GGUF reader packs them."""
+    with open_checkpoint(made) as opened, open_checkpoint(gguf) as original:
         name = data.draw(st.sampled_from(MATRICES))
         rows = opened.tensor(name).shape[0]
         start = data.draw(st.integers(0, rows - 1))
         stop = data.draw(st.integers(start + 1, rows))
-        packed, expected = opened.tensor(name).pack(start, stop), source.tensor(name).pack(start, stop)
+        packed, expected = opened.tensor(name).pack(start, stop), original.tensor(name).pack(start, stop)
     assert (packed.layout, packed.rows, packed.cols) == (expected.layout, expected.rows, expected.cols)
     assert np.array_equal(packed.quants, expected.quants)
     assert np.array_equal(packed.scales, expected.scales)
@@ -71,18 +72,18 @@ def test_any_rows(made: Path, gguf: Path, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_0])
 def test_rows_of_one_block(kind: GGMLQuantizationType, tmp_path: Path) -> None:
-    """Two rows' scales share a word: rows cut anywhere give what the GGUF reader gives."""
+    """The scales of two rows share a word, and rows that are cut anywhere give what the GGUF reader gives."""
     config = {**gguf_metadata(), "gemma3.embedding_length": 32}
     tensors = gguf_tensors(np.random.default_rng(6), kind, replace(CONFIG, hidden_size=32))
     path = write_gguf(tmp_path / "tiny.gguf", config, tensors)
-    with open_checkpoint(path) as source:
-        convert(source, tmp_path / "out", shard_size=1500)
+    with open_checkpoint(path) as original:
+        convert(original, tmp_path / "out", shard_size=1500)
         with open_checkpoint(tmp_path / "out") as opened:
             for start in range(96):
                 for stop in (start + 1, start + 2, start + 7, 96):
                     if stop <= 96:
                         packed = opened.tensor(EMBEDDING).pack(start, stop)
-                        expected = source.tensor(EMBEDDING).pack(start, stop)
+                        expected = original.tensor(EMBEDDING).pack(start, stop)
                         assert np.array_equal(packed.quants, expected.quants)
                         assert np.array_equal(packed.scales, expected.scales)
                         assert packed.scales.flags.aligned
@@ -108,20 +109,20 @@ def test_wrong_rows_and_names(made: Path) -> None:
                 opened.tensor(EMBEDDING).pack(*rows)
         with pytest.raises(ModelError, match=r"Gemma 3 has no matrix model.norm.weight"):
             opened.tensor("model.norm.weight")
-        with pytest.raises(ModelError, match=r"Gemma 3 has no norm x"):
-            opened.norm("x")
+        with pytest.raises(ModelError, match=r"Gemma 3 has no vector x"):
+            opened.values("x")
 
 
 def test_needs_no_package_but_numpy(made: Path) -> None:
     """Browsers have no `tokenizers` and no `safetensors`."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['tokenizers', 'safetensors', 'wgpu', 'click', 'tqdm']))\n"
-        "from gemma_wgpu.weights.checkpoint import EMBEDDING, open_checkpoint\n"
+        "from gemma_wgpu.weights.opening import open_checkpoint\n"
         "opened = open_checkpoint(sys.argv[1])\n"
-        "print(opened.tensor(EMBEDDING).pack().rows, len(opened.vocabulary().pieces))"
+        "print(opened.tensor(sys.argv[2]).pack().rows, len(opened.vocabulary().pieces))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(made)],
+        [sys.executable, "-c", code, str(made), EMBEDDING],
         capture_output=True,
         text=True,
         check=False,
@@ -131,8 +132,8 @@ def test_needs_no_package_but_numpy(made: Path) -> None:
 
 
 def test_what_was_packed_outlives_release_and_close(made: Path, gguf: Path) -> None:
-    with open_checkpoint(gguf) as source:
-        expected = source.tensor(EMBEDDING).pack(0, 10).quants.copy()
+    with open_checkpoint(gguf) as original:
+        expected = original.tensor(EMBEDDING).pack(0, 10).quants.copy()
     opened = open_checkpoint(made)
     tensor = opened.tensor(EMBEDDING)
     packed = tensor.pack(0, 10)
@@ -157,9 +158,11 @@ def test_release_gives_memory_back(made: Path) -> None:
 
 
 def test_summary(made: Path, gguf: Path) -> None:
-    with open_checkpoint(made) as opened, open_checkpoint(gguf) as source:
-        ours, theirs = summarize(opened), summarize(source)
-    assert (ours.embedding, ours.matrices, ours.norm_bytes) == (theirs.embedding, theirs.matrices, theirs.norm_bytes)
+    with open_checkpoint(made) as opened, open_checkpoint(gguf) as original:
+        ours, theirs = summarize(opened), summarize(original)
+    assert ours.embedding == theirs.embedding
+    assert ours.matrices == theirs.matrices
+    assert ours.vector_bytes == theirs.vector_bytes == 4 * (64 * 9 + 32 * 4)
     assert ours.nbytes == ours.file_bytes == opened.nbytes
     assert ours.parameters == sum(r * c for r, c in matrix_shapes(CONFIG).values()) + 64 * 9 + 32 * 4
     assert (ours.embedding.layout, ours.embedding.bits_per_weight) == (Layout.INT8, 8.5)
@@ -179,7 +182,7 @@ def test_summary(made: Path, gguf: Path) -> None:
 
 
 def refused(folder: Path, file: str) -> str:
-    """The message after the name of `file`, of opening and then reading all of the folder."""
+    """Open the folder and read all of it; return the message after the name of `file`."""
     with pytest.raises(ModelError) as caught, open_checkpoint(folder) as opened:
         for name in MATRICES:
             opened.tensor(name).pack()
@@ -215,7 +218,7 @@ def test_only_a_damaged_shard_is_refused(folder: Path) -> None:
     with open_checkpoint(folder) as opened:
         opened.tensor(EMBEDDING).pack()
         with pytest.raises(ModelError, match=shards(folder)[-1].name):
-            opened.norm("model.norm.weight")
+            opened.values("model.norm.weight")
 
 
 def test_a_shard_cut_short(folder: Path) -> None:
@@ -223,7 +226,7 @@ def test_a_shard_cut_short(folder: Path) -> None:
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-4])
     assert refused(folder, shard.name).startswith(
-        f"{size - 4:,} bytes where manifest.json has {size:,}: the file is cut"
+        f"it has {size - 4:,} bytes where manifest.json says {size:,}: it is cut short"
     )
     shard.write_bytes(b"")
     assert refused(folder, shard.name) == "the file is empty; download it again"
@@ -232,7 +235,7 @@ def test_a_shard_cut_short(folder: Path) -> None:
 def test_a_missing_shard(folder: Path) -> None:
     shard = shards(folder)[3]
     shard.unlink()
-    assert refused(folder, shard.name) == "no such file, but manifest.json lists it; download this shard"
+    assert refused(folder, shard.name) == "there is no such file, but manifest.json lists it; download this shard"
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocabulary.bin"])
@@ -251,10 +254,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_a_newer_format(folder: Path) -> None:
-    """Whatever else has changed in it."""
+    """The error is the same whatever else has changed in the manifest."""
     edit(folder, lambda content: (content.update(format=2), content.pop("tensors")))
     assert refused(folder, "manifest.json") == (
-        "a model folder of format version 2, this gemma-wgpu reads 1; upgrade it"
+        "the model folder has format 2, and this gemma-wgpu reads 1; upgrade it"
     )
 
 
@@ -263,7 +266,7 @@ def test_a_manifest_cut_anywhere(folder: Path) -> None:
     whole = path.read_bytes()
     for length in range(0, len(whole) - 2, 131):
         path.write_bytes(whole[:length])
-        assert refused(folder, "manifest.json").startswith("damaged manifest (")
+        assert refused(folder, "manifest.json").startswith("the manifest is damaged (")
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -293,7 +296,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_manifest_at_odds_with_itself(change: str, folder: Path) -> None:
     edit(folder, CHANGES[change])
-    assert refused(folder, "manifest.json").startswith("damaged manifest (")
+    assert refused(folder, "manifest.json").startswith("the manifest is damaged (")
 
 
 def test_a_manifest_of_another_model(folder: Path) -> None:
@@ -305,7 +308,7 @@ def test_a_manifest_of_another_model(folder: Path) -> None:
 
 
 def test_a_config_of_another_model(folder: Path) -> None:
-    """Hash and all."""
+    """Its hash is right."""
     config = folder / "config.json"
     config.write_text(json.dumps(CONFIG.to_hf() | {"hidden_size": 96}))
     data = config.read_bytes()
@@ -316,10 +319,28 @@ def test_a_config_of_another_model(folder: Path) -> None:
     assert refused(folder, "manifest.json").startswith("its tensors are not those of the model in config.json")
 
 
-@settings(max_examples=150, deadline=None)
+def test_a_vector_in_another_layout(folder: Path) -> None:
+    """The manifest agrees with itself: it says that the last norm is half as long."""
+    shard = shards(folder)[-1]
+    shard.write_bytes(shard.read_bytes()[:-128])
+
+    def halve(content: dict[str, Any]) -> None:
+        norm = content["tensors"][-1]
+        norm["layout"] = "BF16"
+        [part] = norm["parts"]
+        part["quants"][1] -= 128
+        part["scales"][0] -= 128
+        digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+        content["shards"][-1].update(nbytes=shard.stat().st_size, sha256=digest)
+
+    edit(folder, halve)
+    assert refused(folder, "manifest.json") == "model.norm.weight is BF16; it must be F32"
+
+
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_byte_of_the_manifest(made: Path, data: st.DataObject) -> None:
-    """Changed, the manifest is refused, or says no more than another name; never another error."""
+    """A manifest in which a byte has changed is refused, or has no more than another name in it."""
     whole = (made / "manifest.json").read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     changed = whole[:at] + bytes([data.draw(st.integers(0, 255))]) + whole[at + 1 :]
@@ -328,8 +349,8 @@ def test_any_byte_of_the_manifest(made: Path, data: st.DataObject) -> None:
     except ModelError as error:
         assert str(error).startswith("manifest.json: ")
     else:
-        original = Manifest.from_json(whole, "manifest.json")
-        assert [tensor.parts for tensor in manifest.tensors] == [tensor.parts for tensor in original.tensors]
+        unchanged = Manifest.from_json(whole, "manifest.json")
+        assert [tensor.parts for tensor in manifest.tensors] == [tensor.parts for tensor in unchanged.tensors]
 
 
 def test_written_and_read(made: Path) -> None:
@@ -340,7 +361,6 @@ def test_written_and_read(made: Path) -> None:
 # The plan of shards.
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(
         st.tuples(st.integers(1, 300), st.sampled_from([32, 64, 96]), st.sampled_from(Layout)), min_size=1
@@ -350,7 +370,7 @@ def test_written_and_read(made: Path) -> None:
 def test_any_plan(
     sizes: list[tuple[int, int, Layout]], shard_size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Nothing above the limit, only what must be is split, at even rows; each shard opens as safetensors."""
+    """Every shard is a safetensors file within the limit, and only tensors that must be are split, at even rows."""
     tensors = [
         Entry(f"tensor.{number}", layout, rows, cols if layout.group == 32 else 256)
         for number, (rows, cols, layout) in enumerate(sizes)
@@ -375,22 +395,22 @@ def test_any_plan(
 
 
 def test_real_model(demo_gguf: Path, tmp_path: Path) -> None:
-    """The 270M repacked: the words that loading the GGUF gives, in shards that static hosts take."""
-    with open_checkpoint(demo_gguf) as source:
-        convert(source, tmp_path / "out")
+    """The 270M is repacked into shards that static hosts take, with the words that loading the GGUF gives."""
+    with open_checkpoint(demo_gguf) as original:
+        convert(original, tmp_path / "out")
         assert resident(demo_gguf) < 10_000
         with open_checkpoint(tmp_path / "out") as opened:
             assert isinstance(opened, FolderCheckpoint)
             assert opened.quantization == "Q4_K_M"
             assert all(shard.nbytes <= 95_000_000 for shard in opened.manifest.shards)
-            for name, (rows, _) in matrix_shapes(source.config).items():
+            for name, (rows, _) in matrix_shapes(original.config).items():
                 for start in range(0, rows, 1 << 14):
                     stop = min(rows, start + (1 << 14))
-                    packed, expected = opened.tensor(name).pack(start, stop), source.tensor(name).pack(start, stop)
+                    packed, expected = opened.tensor(name).pack(start, stop), original.tensor(name).pack(start, stop)
                     assert packed.layout == expected.layout
                     assert np.array_equal(packed.quants, expected.quants)
                     assert np.array_equal(packed.scales, expected.scales)
             for name in ("model.norm.weight", "model.layers.17.self_attn.k_norm.weight"):
-                assert same_bits(opened.norm(name), source.norm(name))
+                assert same_bits(opened.values(name), original.values(name))
             ids = opened.tokenizer().encode("Why the sky is blue?")
     assert ids == [2, 11355, 506, 7217, 563, 3730, 236881]

@@ -11,11 +11,13 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 import gemma_wgpu.gemma
-from gemma_wgpu import DeviceError, Gemma, ModelError, RequestError, load, load_async
+from gemma_wgpu import DeviceError, Gemma, ModelError, Options, Progress, RequestError, load, load_async
+from gemma_wgpu.gemma import expected_bytes
 from gemma_wgpu.gpu import open_device_sync
-from gemma_wgpu.gpu.device import Buffer, Device, Dispatch
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.weights.checkpoint import EMBEDDING
+from gemma_wgpu.gpu.device import Adapter, Buffer, Device, Dispatch
+from gemma_wgpu.models.gemma3 import Gemma3Config
+from gemma_wgpu.weights.opening import open_checkpoint
+from tests.table import EMBEDDING
 from tests.tiny import (
     DAMAGES,
     HF,
@@ -102,7 +104,7 @@ def test_the_last_logits(gemma: Gemma, last: int) -> None:
 
 @pytest.mark.parametrize("last", [0, -1, 6])
 def test_more_logits_than_there_are(gemma: Gemma, last: int) -> None:
-    with pytest.raises(RequestError, match=f"^last is {last}; it must be from 1 to the 5 ids that there are$"):
+    with pytest.raises(RequestError, match=f"^last is {last}; it must be a whole number from 1 to 5$"):
         gemma.logits(IDS[:5], last=last)
 
 
@@ -250,7 +252,7 @@ def test_what_a_model_says_of_itself(gemma: Gemma, quantized: tuple[Path, NDArra
     assert gemma.quantization == "f32"
     assert gemma.precision == "f32"
     assert gemma.activations == "float"
-    assert gemma.config == CONFIG
+    assert isinstance(gemma.config, Gemma3Config) and gemma.config == CONFIG
     assert gemma.context_length == 128
     assert repr(gemma) == f"<Gemma 'tiny', f32, f32, on {gemma.device.info}>"
     assert gemma.tokenizer.vocab_size == len(PIECES)
@@ -268,35 +270,68 @@ def test_what_a_notebook_shows(gemma: Gemma) -> None:
     assert str(gemma.device.info) in shown
     assert gemma.device.info.type in gemma.device._repr_html_()
     text = gemma.generate([2], max_new_tokens=3, seed=1)
-    assert "Nothing yet" in text._repr_html_()
-    text.draft.text = "a < b"
+    assert "Nothing has been generated yet" in text._repr_html_()
+    text.request.text = "a < b"
     list(text)
     assert "a &lt; b" in text._repr_html_()
     assert "3 new ones" in text._repr_html_()
 
 
-def test_bytes_on_the_gpu(gemma: Gemma) -> None:
-    weights = sum(values.nbytes for values in WEIGHTS.values())
-    assert weights <= gemma.gpu_bytes["weights"] <= 1.01 * weights
-    positions = 2 * (8 + 32) + 128  # two layers of a window and what it can go back, one of the context
-    assert gemma.gpu_bytes["cache"] == 4 * 2 * CONFIG.key_value_size * positions
-    assert sum(gemma.gpu_bytes.values()) <= gemma.device.allocated
-    assert gemma.gpu_bytes["scratch"] > 0
+def fill(gemma: Gemma) -> None:
+    """Generate until the context is full."""
+    gemma.generate(IDS[:40], options=Options(temperature=0, ignore_eos=True)).result()
 
 
-def test_half_the_cache_in_f16(folder: Path, gemma: Gemma) -> None:
-    with load(folder, precision="f16") as other:
-        assert 2 * other.gpu_bytes["cache"] == gemma.gpu_bytes["cache"]
+@pytest.mark.parametrize("precision", ["f32", "f16"])
+def test_bytes_on_the_gpu(folder: Path, precision: str) -> None:
+    """They are what was expected, and the cache is full only when the context is."""
+    itemsize = 2 if precision == "f16" else 4
+    with load(folder, precision=precision) as gemma, open_checkpoint(folder) as weights:
+        adapter = Adapter(gemma.device.info, gemma.device.limits, gemma.device.features)
+        expected = expected_bytes(adapter, weights, half=precision == "f16", context_length=128)
+        stored = sum(values.nbytes for values in WEIGHTS.values())
+        assert stored <= gemma.gpu_bytes["weights"] == expected["weights"] <= 1.01 * stored
+        positions = 2 * (8 + 32) + 128  # two layers keep a window and what they can go back, one the context
+        row = CONFIG.num_key_value_heads * CONFIG.head_dim * itemsize
+        ropes = 2 * 128 * CONFIG.head_dim * 4
+        assert expected["cache"] == 2 * row * positions + ropes
+        fill(gemma)
+        assert gemma.gpu_bytes == expected
+        assert sum(gemma.gpu_bytes.values()) <= gemma.device.allocated <= sum(expected.values()) + 64
+
+
+def test_the_cache_grows_with_need(tmp_path: Path) -> None:
+    hf = HF | {"max_position_embeddings": 2048, "sliding_window": 512}
+    with load(write_folder(tmp_path / "long", hf, WEIGHTS), precision="f32") as gemma:
+        row = 2 * CONFIG.num_key_value_heads * CONFIG.head_dim * 4
+        sizes = []
+        for length in (20, 100, 300, 600, 1500):
+            gemma.generate([2] + IDS[1:] * 15, max_new_tokens=1)  # begins nothing
+            gemma.logits(([2] + IDS[1:] * 16)[:length], last=1)
+            sizes.append(gemma.runner.cache.nbytes // row)
+        # There is half as much again as the text needs, but at most a window of 512 and 32 to go back for two layers,
+        # and the context for the third one.
+        assert sizes == [3 * 192, 3 * 192, 2 * 544 + 768, 2 * 544 + 1536, 2 * 544 + 2048]
+
+
+def test_logit_rows_from_nowhere(gemma: Gemma) -> None:
+    async def rows(first: int) -> None:
+        async for _ in gemma.logit_rows(IDS[:5], first=first):
+            pass
+
+    for first in (-1, 5):
+        with pytest.raises(RequestError, match=f"^first is {first}; it must be a whole number from 0 to 4$"):
+            asyncio.run(rows(first))
 
 
 def test_progress_goes_to_the_end(folder: Path, quantized: tuple[Path, NDArray[np.float64]]) -> None:
     for path in (folder, quantized[0]):
-        seen: list[tuple[int, int]] = []
-        load(path, precision="f32", progress=lambda *at, seen=seen: seen.append(at)).close()  # type: ignore[misc]
-        done, totals = zip(*seen, strict=True)
-        assert list(done) == sorted(done)
+        seen: list[Progress] = []
+        load(path, precision="f32", progress=seen.append).close()
+        done = [at.done for at in seen]
+        assert done == sorted(done)
         assert len(done) > 4
-        assert {done[-1]} == set(totals)
+        assert {(at.what, at.total, at.unit) for at in seen} == {("loading", done[-1], "bytes")}
 
 
 def test_close(folder: Path) -> None:
@@ -328,8 +363,9 @@ def test_close(folder: Path) -> None:
         ("context_length", 129, "context_length is 129; it must be a whole number from 1 to 128"),
         ("context_length", 64.0, "context_length is 64.0; it must be a whole number from 1 to 128"),
         ("context_length", True, "context_length is True; it must be a whole number from 1 to 128"),
-        ("prefill_chunk", 0, "prefill_chunk is 0; it must be a whole number from 1 to 65,536"),
-        ("prefill_chunk", "8", "prefill_chunk is '8'; it must be a whole number from 1 to 65,536"),
+        ("prefill_chunk", 0, "prefill_chunk is 0; it must be a whole number from 1 to 65,535"),
+        ("prefill_chunk", 65_536, "prefill_chunk is 65536; it must be a whole number from 1 to 65,535"),
+        ("prefill_chunk", "8", "prefill_chunk is '8'; it must be a whole number from 1 to 65,535"),
     ],
 )
 def test_options_that_are_wrong(folder: Path, option: str, value: object, message: str) -> None:

@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from gemma_wgpu import DeviceError, Gemma, Generation, Generations, RequestError, load
-from gemma_wgpu.engine.request import Text
+from gemma_wgpu import DeviceError, Gemma, Generation, Generations, Options, RequestError, load
+from gemma_wgpu.engine.request import Request
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.ops.kernels import Tuning
+from gemma_wgpu.models.gemma3 import Gemma3Config
+from gemma_wgpu.ops.tuning import Tuning
 from tests.tiny import BOS, END_OF_TURN, EOS, HF, PIECES, random_weights, reference_logits, scripted_weights, token
 from tests.tiny import write_folder as write
 
@@ -48,9 +49,9 @@ def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [[BOS, *rng.integers(6, len(PIECES), length - 1).tolist()] for length in lengths]
 
 
-def alone(gemma: Gemma, prompt: list[int], **options: object) -> Generation:
-    generation = gemma.generate(prompt, **options)  # type: ignore[arg-type]
-    list(generation)
+def alone(gemma: Gemma, prompt: list[int], **options: Any) -> Generation:
+    generation = gemma.generate(prompt, options=Options(**options))
+    generation.result()
     return generation
 
 
@@ -76,26 +77,21 @@ UNFILTERED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 @pytest.mark.parametrize(
     ("options", "batch_size"), [(GREEDY, 8), (FILTERED, 1), (FILTERED, 3), (FILTERED, 20), (UNFILTERED, 3)]
 )
-def test_each_text_is_that_of_its_prompt_alone(random: Gemma, options: dict[str, float], batch_size: int) -> None:
+def test_each_text_is_that_of_its_prompt_alone(random: Gemma, options: dict[str, Any], batch_size: int) -> None:
     many = prompts()
     singles = [
         alone(random, prompt, max_new_tokens=20, seed=(2**32 - 3 + i) % 2**32, **options)
         for i, prompt in enumerate(many)
     ]
-    generations = random.generate(
-        many,
-        max_new_tokens=20,
-        seed=2**32 - 3,
-        batch_size=batch_size,
-        **options,  # type: ignore[arg-type]
-    )
+    common = Options(max_new_tokens=20, seed=2**32 - 3, **options)
+    generations = random.generate(many, options=common, batch_size=batch_size)
     expect_same(generations, singles)
     assert {single.stats.finish_reason for single in singles} >= {"length", "context"}
 
 
 def test_with_the_kernels_of_other_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def tuned(_: Device) -> Tuning:
-        return Tuning(16, subgroups=False)
+        return Tuning(16, cpu=False)
 
     monkeypatch.setattr("gemma_wgpu.gemma.tuned", tuned)
     many = prompts((5, 12, 40))
@@ -139,10 +135,11 @@ def test_texts(scripted: Gemma) -> None:
 
 
 def test_chats(scripted: Gemma) -> None:
-    chats = [[{"role": "user", "content": text}] for text in ("x", "hello", "y")]
-    generations = scripted.chat(chats, temperature=0, batch_size=2)  # type: ignore[arg-type]
-    assert generations.result() == [" home"] * 3
-    assert [stats.finish_reason for stats in generations.stats] == ["eos"] * 3
+    texts = ["x", "hello", "y"]
+    for chats in (texts, [[{"role": "user", "content": text}] for text in texts]):
+        generations = scripted.chat(chats, temperature=0, batch_size=2)  # type: ignore[arg-type]
+        assert generations.result() == [" home"] * 3
+        assert [stats.finish_reason for stats in generations.stats] == ["eos"] * 3
 
 
 def test_in_an_event_loop(random: Gemma) -> None:
@@ -150,7 +147,7 @@ def test_in_an_event_loop(random: Gemma) -> None:
     expected = [alone(random, prompt, max_new_tokens=6, temperature=0).text for prompt in many]
 
     async def tell() -> list[str]:
-        return await random.generate(many, max_new_tokens=6, temperature=0).result_async()
+        return await random.generate(many, max_new_tokens=6, temperature=0)
 
     assert asyncio.run(tell()) == expected
 
@@ -171,82 +168,147 @@ def test_the_next_prompt_waits_for_no_text(random: Gemma) -> None:
     assert order.index(1) > 3
 
 
-def test_memory_is_that_of_the_largest_batch(folder: Path) -> None:
-    with load(folder, precision="f32") as gemma:
+def test_short_texts_side_by_side_take_little_memory(tmp_path: Path) -> None:
+    """They take what they need of the cache, and not a whole context each."""
+    hf = HF | {"max_position_embeddings": 2048, "sliding_window": 512}
+    write(tmp_path / "long", hf, random_weights(Gemma3Config.from_hf(hf)))
+    with load(tmp_path / "long", precision="f32") as gemma:
+        cache = gemma.runner.cache
+        one = sum(2 * cache.row_bytes(index) * cache.capacity(cache.ring_of(index)) for index in range(3))
+        gemma.generate(prompts((3, 5, 20, 9, 4, 7, 30, 2)), max_new_tokens=20).result()
+        assert 8 * 128 * 3 * 2 * cache.row_bytes(0) <= cache.nbytes < 8 * one / 4
         device = gemma.device
         before = device.allocated
-        assert "batch" not in gemma.gpu_bytes
-        gemma.generate(prompts((3, 3)), max_new_tokens=2).result()
-        two = device.allocated
-        assert gemma.gpu_bytes["batch"] == two - before > 0
-        gemma.generate(prompts((3,)), max_new_tokens=2).result()
-        assert device.allocated == two
-        gemma.generate(prompts((3, 3, 3, 3)), max_new_tokens=2, batch_size=4).result()
-        assert gemma.gpu_bytes["batch"] == device.allocated - before > two - before
+        gemma.generate(prompts((3, 5)), max_new_tokens=20).result()
+        assert device.allocated == before
     assert device.allocated == 0
 
 
-def test_others_end_those_that_are_under_way(random: Gemma) -> None:
-    first = random.generate(prompts((3, 5)), max_new_tokens=20)
-    next(first)
-    random.generate(prompts((3,)), max_new_tokens=2).result()
-    with pytest.raises(RequestError, match="ended when the model was given others"):
-        list(first)
-    assert [stats.finish_reason for stats in first.stats] == ["interrupted"] * 2
+def test_they_go_on_beside_others(random: Gemma) -> None:
+    """Lists and single texts, begun one after the other, all of them by turns."""
+    many, more = prompts((3, 5, 60)), prompts((40, 6))
+    singles = [alone(random, prompt, max_new_tokens=20, temperature=0) for prompt in (*many, *more, [BOS, 9])]
+    first = random.generate(many, max_new_tokens=20, temperature=0, batch_size=2)
+    second = random.generate(more, max_new_tokens=20, temperature=0)
+    third = random.generate([BOS, 9], max_new_tokens=20, temperature=0)
+    running: list[Iterator[object]] = [iter(first), iter(second), iter(third)]
+    while running:
+        running = [stream for stream in running if next(stream, None) is not None]
+    assert [*first.ids, *second.ids, third.ids] == [single.ids for single in singles]
 
 
-def test_a_single_one_goes_on_beside_them(random: Gemma) -> None:
-    """It has a cache of its own, once their prompts are through."""
-    many = prompts((3, 5))
-    singles = [alone(random, prompt, max_new_tokens=20, temperature=0) for prompt in (*many, [BOS, 9])]
-    generations, beside = random.generate(many, max_new_tokens=20, temperature=0), []
-    seen: set[int] = set()
-    for index, _ in generations:
-        seen.add(index)
-        if seen == {0, 1} and not beside:
-            beside = alone(random, [BOS, 9], max_new_tokens=20, temperature=0).ids
-    assert [*generations.ids, beside] == [single.ids for single in singles]
+def request(gemma: Gemma, prompt: list[int], count: int = 20) -> Request:
+    return gemma.request(prompt, Options(max_new_tokens=count, temperature=0))
 
 
-def text(gemma: Gemma, prompt: list[int], count: int = 20) -> Text:
-    return gemma.generate(prompt, max_new_tokens=count, temperature=0).draft
+def drive(gemma: Gemma, requests: list[Request]) -> None:
+    """Take the pieces of all, and let the scheduler do one thing more."""
+    for each in requests:
+        each.pieces.clear()
+    gemma.device.wait(gemma.scheduler.advance())
 
 
-def test_texts_that_are_removed_leave_the_others_alone(random: Gemma) -> None:
-    """Waiting, amid the prompt, and under way; each makes room."""
+def test_texts_that_are_removed_leave_the_others_alone(random: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait, are amid the prompt, or are under way; each makes room."""
     many = prompts((4, 6, 9, 100, 11, 13))
     expected = [alone(random, prompt, max_new_tokens=20, temperature=0).ids for prompt in many]
-    scheduler = random.scheduler(2)
-    texts = [text(random, prompt) for prompt in many]
-    for each in texts:
+    scheduler = random.scheduler
+    monkeypatch.setattr(scheduler, "most", 2)
+    requests = [request(random, prompt) for prompt in many]
+    for each in requests:
         scheduler.add(each)
-    wait = random.device.wait
-    while len(texts[1].ids) < 3:
-        wait(scheduler.step())
-    scheduler.remove(texts[0])
-    scheduler.remove(texts[4])
+    while len(requests[1].ids) < 3:
+        drive(random, requests)
+    scheduler.remove(requests[0])
+    scheduler.remove(requests[4])
     while scheduler.waiting > 1:
-        wait(scheduler.step())
-    scheduler.remove(texts[3])
-    assert texts[3].ids == []
+        drive(random, requests)
+    scheduler.remove(requests[3])
+    assert requests[3].ids == []
     while scheduler.is_busy:
-        wait(scheduler.step())
-    reasons = [each.stats.finish_reason for each in texts]
+        drive(random, requests)
+    reasons = [each.stats.finish_reason for each in requests]
     assert reasons == ["interrupted", "length", "length", "interrupted", "interrupted", "length"]
-    for each, whole in zip(texts, expected, strict=True):
+    for each, whole in zip(requests, expected, strict=True):
         assert each.ids == (whole if each.stats.finish_reason == "length" else whole[: len(each.ids)])
     assert (scheduler.waiting, scheduler.running) == (0, 0)
+
+
+@pytest.mark.parametrize("fault", ["push", "mask", "cache", "logits"])
+def test_only_the_one_at_fault_ends(random: Gemma, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    many = prompts((4, 150 % 128, 9))
+    expected = [alone(random, prompt, max_new_tokens=30, temperature=0).ids for prompt in many]
+    requests = [request(random, prompt, 30) for prompt in many]
+    bad = requests[1]
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("it was built to fail")
+
+    for each in requests:
+        random.scheduler.add(each)
+    while len(bad.ids) < 3:
+        drive(random, requests)
+    if fault == "push":
+        monkeypatch.setattr(bad, "push", fail)
+    elif fault == "mask":
+        monkeypatch.setattr(bad, "mask", fail)
+    elif fault == "cache":
+        (lease,) = [lease for lease in random.runner.cache._leases if lease.ids[: len(bad.prompt)] == bad.prompt]
+        monkeypatch.setattr(lease, "reserve", fail)
+    else:
+        check = random.runner.check_token
+        chosen = iter([False, True, *[False] * 200])
+        monkeypatch.setattr(random.runner, "check_token", lambda token: fail() if next(chosen) else check(token))
+    while random.scheduler.is_busy:
+        drive(random, requests)
+    assert isinstance(bad.error, ZeroDivisionError)
+    assert [requests[0].ids, requests[2].ids] == [expected[0], expected[2]]
+    assert bad.ids == expected[1][: len(bad.ids)] != expected[1]
+    monkeypatch.undo()
+    assert [alone(random, prompt, max_new_tokens=30, temperature=0).ids for prompt in many] == expected
+
+
+def test_a_list_whose_text_fails(random: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list ends, and says why; others go on."""
+    expected = alone(random, [BOS, 9], max_new_tokens=20, temperature=0).ids
+    single = random.generate([BOS, 9], max_new_tokens=20, temperature=0)
+    next(single)
+    generations = random.generate(prompts((3, 5, 4)), max_new_tokens=20, temperature=0)
+    next(generations)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("it was built to fail")
+
+    monkeypatch.setattr(generations._requests[1], "push", fail)
+    with pytest.raises(ZeroDivisionError):
+        generations.result()
+    assert next(generations, None) is None
+    assert {stats.finish_reason for stats in generations.stats} == {"interrupted", None}
+    single.result()
+    assert single.ids == expected
+
+
+def test_texts_that_nobody_has_any_more_are_dropped(random: Gemma) -> None:
+    generation = random.generate(prompts((3, 5)), max_new_tokens=100, temperature=0)
+    next(generation)
+    assert random.scheduler.running >= 1
+    del generation
+    random.generate([BOS, 9], max_new_tokens=2).result()
+    assert random.scheduler.running == 0
 
 
 def test_a_closed_model(folder: Path) -> None:
     gemma = load(folder, precision="f32")
     generations = gemma.generate(prompts((3, 5)))
     next(generations)
+    waiting = gemma.generate(prompts((3, 5)))
     gemma.close()
-    with pytest.raises(DeviceError):
-        list(generations)
-    with pytest.raises(DeviceError, match="closed"):
-        gemma.generate(prompts((3, 5)))
+    for stream in (generations, waiting):
+        with pytest.raises(DeviceError, match="^this model was closed; load it again$"):
+            list(stream)
+    for use in (lambda: gemma.generate(prompts((3, 5))), gemma.reset, lambda: gemma.logits([BOS])):
+        with pytest.raises(DeviceError, match="^this model was closed; load it again$"):
+            use()
 
 
 @pytest.mark.parametrize("size", [0, -1, 257, 1.5, True])

@@ -13,14 +13,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.models.gemma3 import Gemma3Config
 from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights import encodings
-from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes, open_checkpoint
 from gemma_wgpu.weights.encodings import Encoding
-from gemma_wgpu.weights.gguf import gguf_name
-from gemma_wgpu.weights.stored import MappedFile, StoredTensor
-from tests.checkpoints import CONFIG, Raw, blocks, gguf_metadata, gguf_tensors, same_bits, write_gguf
+from gemma_wgpu.weights.opening import open_checkpoint
+from gemma_wgpu.weights.stored import MappedFile, StoredMatrix, StoredTensor
+from tests.checkpoints import (
+    CONFIG,
+    Raw,
+    blocks,
+    description,
+    gguf_metadata,
+    gguf_tensors,
+    patch,
+    same_bits,
+    write_gguf,
+)
+from tests.table import gguf_name, matrix_shapes, norm_shapes
 
 Kind = GGMLQuantizationType
 
@@ -35,15 +45,15 @@ ENCODINGS = {
     Kind.Q4_K: (encodings.Q4_K, Layout.INT4_SUPER),
     Kind.Q6_K: (encodings.Q6_K, Layout.INT8_SUPER),
 }
-# 640 and 1152 are the 270M's and 1B's widths, no multiples of 256; 6912 is the 1B's inner width.
+# 640 and 1152 are the widths of the 270M and the 1B, and no multiples of 256; 6912 is the inner width of the 1B.
 WIDTHS = {kind: (256, 768, 6912) if "K" in kind.name else (32, 640, 1152, 6912) for kind in ENCODINGS}
 
 
-def stored(folder: Path, data: np.ndarray[Any, Any], encoding: Encoding, cols: int, offset: int = 0) -> StoredTensor:
-    """The rows of `data` as a tensor that lies `offset` bytes into a file."""
+def stored(folder: Path, data: np.ndarray[Any, Any], encoding: Encoding, cols: int, offset: int = 0) -> StoredMatrix:
+    """Return the rows of `data` as a matrix that lies `offset` bytes into a file."""
     path = folder / "weights"
     path.write_bytes(b"\xff" * offset + data.tobytes())
-    return StoredTensor("w", (len(data), cols), "w", encoding, MappedFile(path), offset)
+    return StoredMatrix("w", StoredTensor("w", (len(data), cols), encoding, MappedFile(path), offset), cols)
 
 
 @pytest.mark.parametrize("kind", ENCODINGS, ids=lambda kind: kind.name)
@@ -57,7 +67,7 @@ def test_every_type_equals_ggufs_dequantiser(kind: Kind, tmp_path: Path) -> None
         assert same_bits(packed.dequantize(), dequantize(data, kind).reshape(5, cols))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(sorted(ENCODINGS)),
     st.integers(1, 40),
@@ -67,7 +77,7 @@ def test_every_type_equals_ggufs_dequantiser(kind: Kind, tmp_path: Path) -> None
     st.data(),
 )
 def test_row_ranges(kind: Kind, rows: int, groups: int, offset: int, seed: int, data: st.DataObject) -> None:
-    """Any range of rows, at any offset in the file, is those rows of the whole."""
+    """Any range of rows, at any offset in the file, has the weights of these rows in the whole."""
     encoding, layout = ENCODINGS[kind]
     cols = groups * layout.group
     raw = blocks(np.random.default_rng(seed), kind, rows, cols)
@@ -91,7 +101,7 @@ def test_parts_split_at_even_rows_join_into_the_whole(kind: Kind, tmp_path: Path
 
 
 def test_a_range_reads_no_other_rows(tmp_path: Path) -> None:
-    """Read-only views: of a float matrix nothing is copied, let alone read from other rows."""
+    """Rows of floats are read-only views: nothing is copied, let alone read from other rows."""
     data = blocks(np.random.default_rng(6), Kind.BF16, 4, 64)
     packed = stored(tmp_path, data, encodings.BF16, 64).pack(1, 2)
     assert not packed.quants.flags.owndata
@@ -136,7 +146,8 @@ def test_a_whole_file(alignment: int | None, tmp_path: Path) -> None:
             assert (tensor.name, tensor.shape, tensor.layout) == (name, shape, ENCODINGS[kind][1])
             assert same_bits(tensor.pack().dequantize(), dequantize(array, kind).reshape(shape))
         for name in norm_shapes(CONFIG):
-            assert same_bits(checkpoint.norm(name), tensors[gguf_name(name)][0])  # the 1 is already added
+            norm = np.asarray(tensors[gguf_name(name)][0], np.float32)  # the 1 is already added
+            assert same_bits(checkpoint.values(name), norm)
 
 
 def test_k_quants_in_a_whole_file(tmp_path: Path) -> None:
@@ -152,7 +163,7 @@ def test_k_quants_in_a_whole_file(tmp_path: Path) -> None:
 
 
 def test_every_tensor_name_is_llama_cpps() -> None:
-    """The `gguf` package's own table, which its converter uses, has the same names."""
+    """The table of the `gguf` package, which its converter uses, has the same names."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     table = get_tensor_name_map(MODEL_ARCH.GEMMA3, CONFIG.num_hidden_layers)
@@ -165,7 +176,7 @@ def test_f16_norms_are_widened(tmp_path: Path) -> None:
     half = np.arange(64, dtype=np.float16) / 7
     tensors["output_norm.weight"] = half, Kind.F16
     with open_checkpoint(write_gguf(tmp_path / "tiny.gguf", gguf_metadata(), tensors)) as checkpoint:
-        assert same_bits(checkpoint.norm("model.norm.weight"), half.astype(np.float32))
+        assert same_bits(checkpoint.values("model.norm.weight"), half.astype(np.float32))
 
 
 def test_a_head_that_repeats_the_embedding_is_taken(tmp_path: Path) -> None:
@@ -185,7 +196,7 @@ def test_closed(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tiny\.gguf: the checkpoint is closed"):
         tensor.pack()
     with pytest.raises(ModelError, match=r"tiny\.gguf: the checkpoint is closed"):
-        checkpoint.norm("model.norm.weight")
+        checkpoint.values("model.norm.weight")
     checkpoint.close()
 
 
@@ -193,8 +204,8 @@ def test_names_that_gemma_does_not_have(tmp_path: Path) -> None:
     with open_checkpoint(write_gguf(tmp_path / "tiny.gguf", gguf_metadata(), mixed())) as checkpoint:
         with pytest.raises(ModelError, match=r"no matrix model\.norm\.weight"):
             checkpoint.tensor("model.norm.weight")
-        with pytest.raises(ModelError, match=r"no norm lm_head\.weight"):
-            checkpoint.norm("lm_head.weight")
+        with pytest.raises(ModelError, match=r"no vector lm_head\.weight"):
+            checkpoint.values("lm_head.weight")
 
 
 def test_every_kind_of_metadata(tmp_path: Path) -> None:
@@ -251,20 +262,20 @@ def refused(path: Path) -> str:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    assert refused(tmp_path / "no.gguf").startswith("no such file or folder; give a .gguf file")
+    assert refused(tmp_path / "no.gguf").startswith("there is no such file or folder; give a .gguf file")
 
 
 @pytest.mark.parametrize(
     ("head", "likeness"),
     [
         (b"", "the file is empty"),
-        (b"GG", "not a GGUF file: it begins with b'GG'"),
-        (b"\x7fELF\x02\x01\x01\x00\x00", r"not a GGUF file: it begins with b'\x7fELF\x02\x01\x01\x00'"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "not a GGUF file: it is a Git LFS pointer"),
-        (b"\n<!DOCTYPE html><html>", "not a GGUF file: it looks like a web page"),
-        (b"PK\x03\x04 archive", "not a GGUF file: it looks like a PyTorch file"),
-        (b"\x40\0\0\0\0\0\0\0{}", "not a GGUF file: it looks like safetensors"),
-        (b"tjgg\x03\0\0\0", "not a GGUF file: it is a GGML file"),
+        (b"GG", "this is not a GGUF file: it begins with b'GG'"),
+        (b"\x7fELF\x02\x01\x01\x00\x00", r"this is not a GGUF file: it begins with b'\x7fELF\x02\x01\x01\x00'"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "this is not a GGUF file: it is a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>", "this is not a GGUF file: it looks like a web page"),
+        (b"PK\x03\x04 archive", "this is not a GGUF file: it looks like a PyTorch file"),
+        (b"\x40\0\0\0\0\0\0\0{}", "this is not a GGUF file: it looks like safetensors"),
+        (b"tjgg\x03\0\0\0", "this is not a GGUF file: it is a GGML file"),
     ],
 )
 def test_wrong_magic(head: bytes, likeness: str, tmp_path: Path) -> None:
@@ -290,7 +301,7 @@ def test_wrong_version(version: bytes, what: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Path]:
-    """Writes the tiny file with changes: metadata by key (None removes one), tensors by GGUF name likewise."""
+    """Return a function that writes the tiny file with other metadata and tensors; None removes one."""
 
     def write(
         metadata: dict[str, object] | None = None,
@@ -324,7 +335,7 @@ def test_data_cut_short(tiny: Callable[..., Path]) -> None:
             f"tensor {last.name!r} lacks {last.n_bytes - present} of its {last.n_bytes} bytes: "
             "the file is cut short, download it again"
         )
-    path.write_bytes(whole[: start + last.n_bytes])  # padding after the last is not missed
+    path.write_bytes(whole[: start + last.n_bytes])  # the padding after the last tensor is not missed
     open_checkpoint(path).close()
     path.write_bytes(whole[: GGUFReader(path).tensors[0].data_offset])
     assert refused(path).startswith("tensor 'token_embd.weight' lacks 12288 of its 12288 bytes")
@@ -381,7 +392,7 @@ def test_unheard_of_type(tiny: Callable[..., Path]) -> None:
 def test_quantised_norm(tiny: Callable[..., Path]) -> None:
     norm = blocks(np.random.default_rng(0), Kind.Q8_0, 1, 64).ravel(), Kind.Q8_0
     message = refused(tiny(tensors={"blk.0.ffn_norm.weight": norm}))
-    assert message == "tensor 'blk.0.ffn_norm.weight' is Q8_0; norms must be plain floats"
+    assert message == "tensor 'blk.0.ffn_norm.weight' is Q8_0; norms and biases must be plain floats"
 
 
 def test_separate_head(tiny: Callable[..., Path]) -> None:
@@ -398,7 +409,7 @@ def test_rows_that_are_no_multiple_of_32(tmp_path: Path) -> None:
         gguf_metadata(config),
         gguf_tensors(np.random.default_rng(0), Kind.F32, config),
     )
-    assert refused(path) == "tensor 'token_embd.weight' has rows of 48, not a multiple of 32"
+    assert refused(path) == "gemma3.embedding_length is 48; only multiples of 32 can be run"
 
 
 def test_rows_that_are_no_multiple_of_the_block(tiny: Callable[..., Path]) -> None:
@@ -407,18 +418,8 @@ def test_rows_that_are_no_multiple_of_the_block(tiny: Callable[..., Path]) -> No
     assert refused(path) == "tensor 'blk.0.attn_k.weight' has rows of 63, not a multiple of 32 as Q4_0 needs"
 
 
-def patch(path: Path, at: int, value: bytes) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:at] + value + content[at + len(value) :])
-
-
-def description(path: Path, tensor: str) -> int:
-    """Where a tensor's description goes on after its name: u32 dimensions, u64 each, u32 type, u64 offset."""
-    return path.read_bytes().index(struct.pack("<Q", len(tensor)) + tensor.encode()) + 8 + len(tensor)
-
-
 def entry(path: Path, key: str) -> int:
-    """Where a metadata value begins: u32 type, then the value."""
+    """Return where a metadata value begins: its u32 type is first, and then the value."""
     return path.read_bytes().index(struct.pack("<Q", len(key)) + key.encode()) + 8 + len(key)
 
 
@@ -459,7 +460,7 @@ def test_lists_longer_than_the_file(key: str, message: str, tiny: Callable[..., 
 @pytest.mark.parametrize("length", [2**20 + 1, 2**32, 2**64 - 1])
 def test_implausible_lengths(length: int, tiny: Callable[..., Path]) -> None:
     path = tiny()
-    patch(path, 24, struct.pack("<Q", length))  # of the first key
+    patch(path, 24, struct.pack("<Q", length))  # this is the length of the first key
     assert refused(path).startswith(f"claims {length} bytes of a name")
     for key, at in ("general.name", 4), ("tokenizer.ggml.tokens", 16):
         path = tiny()
@@ -536,7 +537,7 @@ def test_impossible_alignment(alignment: int, tiny: Callable[..., Path]) -> None
         ({"tokenizer.ggml.model": "gpt2"}, "tokenizer.ggml.model is not llama"),
         ({"tokenizer.ggml.scores": None}, "tokenizer.ggml.scores or token_type is missing"),
         ({"tokenizer.ggml.token_type": "abc"}, "tokenizer.ggml.scores or token_type is missing"),
-        ({"tokenizer.ggml.scores": [0.5]}, "96 tokens, 1 scores"),
+        ({"tokenizer.ggml.scores": [0.5]}, "there are 96 tokens, 1 scores"),
         ({}, "<bos> or some of the 256 byte tokens are missing"),
     ],
 )
@@ -563,7 +564,7 @@ WORDS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damage(smallest: bytes, data: st.DataObject) -> None:
     content = bytearray(smallest)
@@ -580,7 +581,7 @@ def test_damage(smallest: bytes, data: st.DataObject) -> None:
                 for name in matrix_shapes(checkpoint.config):
                     checkpoint.tensor(name).pack()
                 for name in norm_shapes(checkpoint.config):
-                    checkpoint.norm(name)
+                    checkpoint.values(name)
                 checkpoint.tokenizer()
         except ModelError as error:
             assert str(error).startswith(str(path))
@@ -603,7 +604,7 @@ def test_real_model_equals_ggufs_reader(demo_gguf: Path) -> None:
                 expected = dequantize(tensor.data[row : row + 2], tensor.tensor_type)
                 assert same_bits(part.dequantize(), expected), name
         for name in norm_shapes(checkpoint.config):
-            assert same_bits(checkpoint.norm(name), theirs.pop(gguf_name(name)).data), name
+            assert same_bits(checkpoint.values(name), theirs.pop(gguf_name(name)).data), name
     assert not theirs
 
 
@@ -633,6 +634,6 @@ def test_real_tokenizer(demo_gguf: Path) -> None:
     with open_checkpoint(demo_gguf) as checkpoint:
         tokenizer = checkpoint.tokenizer()
     assert tokenizer.vocab_size == 262144
-    # What Gemma 3's own tokenizer.json gives.
+    # Gemma 3's own tokenizer.json gives these ids.
     assert tokenizer.encode("You are a helpful assistant") == [2, 3048, 659, 496, 11045, 16326]
     assert tokenizer.encode("Why the sky is blue?") == [2, 11355, 506, 7217, 563, 3730, 236881]

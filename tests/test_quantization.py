@@ -1,4 +1,4 @@
-"""What converting does to a real model: nothing when it only repacks, little when it quantises."""
+"""Conversion changes nothing in a real model if it only repacks, and little if it quantises."""
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from gemma_wgpu import Gemma, load
 from gemma_wgpu.bench.evaluate import Evaluation, evaluate
 from gemma_wgpu.weights import convert as module
-from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.weights.opening import open_checkpoint
+from gemma_wgpu.weights.quantize import quantize
 from tests import bf16
+
+pytestmark = pytest.mark.slow
 
 TEXT = Path(__file__).parent / "data/alice.txt"
 PROMPT = "Alice was beginning to get very tired of sitting by her sister on the bank, and"
@@ -62,23 +65,23 @@ class _Remembered:
 
 
 @pytest.fixture(scope="module")
-def source(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bf16.write(demo_gguf, tmp_path_factory.mktemp("bf16") / "demo.gguf")
 
 
 @pytest.fixture(scope="module")
-def judge(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Evaluation]]:
-    """Converts the source, by `quantize` or by another one in its place, and evaluates the result against it."""
+def judge(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Evaluation]]:
+    """Convert the original by `quantize`, or by another function in its place, and evaluate the result against it."""
     text = TEXT.read_text(encoding="utf-8")
-    with load(source, precision="f32", context_length=SEGMENT) as gemma:
+    with load(original, precision="f32", context_length=SEGMENT) as gemma:
         remembered = _Remembered(gemma)
 
-        def evaluated(quant: module.Quant, quantiser: Callable[..., object] = module.quantize) -> Evaluation:
+        def evaluated(quant: module.Quant, quantiser: Callable[..., object] = quantize) -> Evaluation:
             out = tmp_path_factory.mktemp("quantised") / quant
-            with open_checkpoint(source) as checkpoint, pytest.MonkeyPatch.context() as patch:
+            with open_checkpoint(original) as checkpoint, pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, "quantize", quantiser)
                 module.convert(checkpoint, out, quant=quant)
-            # float32 in both: only weights differ.
+            # Both compute in float32, so only the weights differ.
             with load(out, precision="f32", context_length=SEGMENT) as converted:
                 return evaluate(
                     converted,
@@ -93,7 +96,7 @@ def judge(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
 
 @pytest.mark.parametrize(("quant", "most", "ratio"), [("int8", 0.005, 0.7), ("int4", 0.4, 0.95)])
 def test_quantising(judge: Callable[..., Evaluation], quant: module.Quant, most: float, ratio: float) -> None:
-    """Divergence in nats a token, and beside that of plain rounding. Of int4, benchmarks/README.md tells more."""
+    """The divergence has a bound, in nats a token, also relative to plain rounding. benchmarks/README.md has more."""
     ours, plain = judge(quant), judge(quant, bf16.nearest)
     print(f"{quant}: {ours.divergence:.5f} nats a token, plain rounding {plain.divergence:.5f}")
     assert ours.divergence is not None

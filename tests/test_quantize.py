@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.ops.layout import Layout, Packed, pack_halves, pack_nibbles, unpack_nibbles
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights import encodings
+from gemma_wgpu.weights.packed import Packed, pack_halves, pack_nibbles, unpack_nibbles
 from gemma_wgpu.weights.quantize import quantize
 from tests.checkpoints import same_bits
 
@@ -23,16 +24,17 @@ def gaussian(rows: int = 256, cols: int = 1152) -> Floats:
 
 
 def bf16(weights: Floats) -> Floats:
-    """Rounded to the nearest bfloat16, ties to even."""
+    """Round to the nearest bfloat16, ties to even."""
     bits = weights.view(np.uint32)
     return (bits + 0x7FFF + (bits >> 16 & 1) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def error(weights: Floats, restored: Floats, layout: Layout) -> NDArray[np.float64]:
-    """Of each block: squared; without an offset, times the square of the weight plus the mean of the squares."""
+    """Return the error of each block: squared, and without an offset times w^2 plus the mean of the squares."""
     blocks = weights.astype(np.float64).reshape(-1, 32)
     worth = 1.0 if layout == Layout.INT4_OFFSET else blocks**2 + (blocks**2).mean(1, keepdims=True)
-    return (worth * (restored.astype(np.float64).reshape(-1, 32) - blocks) ** 2).sum(1)
+    errors: NDArray[np.float64] = (worth * (restored.astype(np.float64).reshape(-1, 32) - blocks) ** 2).sum(1)
+    return errors
 
 
 def by_gguf(weights: Floats, kind: GGMLQuantizationType) -> Floats:
@@ -41,10 +43,11 @@ def by_gguf(weights: Floats, kind: GGMLQuantizationType) -> Floats:
 
 
 def absmax(weights: Floats, most: int) -> Floats:
-    """Plain round-to-nearest, the largest weight of a block at `most`, the scale rounded to float16."""
+    """Round to the nearest, with the largest weight of a block at `most` and the scale rounded to float16."""
     blocks = weights.reshape(-1, 32)
     d = (np.abs(blocks).max(1, keepdims=True) / most).astype(np.float16).astype(np.float32)
-    return (np.clip(np.rint(blocks / np.where(d == 0, 1, d)), -most, most) * d).reshape(weights.shape)
+    rounded: Floats = (np.clip(np.rint(blocks / np.where(d == 0, 1, d)), -most, most) * d).reshape(weights.shape)
+    return rounded
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,7 @@ def test_less_error_than_round_to_nearest(layout: Layout, most: int, ratio: floa
     ("layout", "low", "high", "over"), [(Layout.INT4, -8, 7, 0.005), (Layout.INT8, -128, 127, 0.01)]
 )
 def test_near_the_best_there_is(layout: Layout, low: int, high: int, over: float) -> None:
-    """Against every float16 scale of a plausible size, tried one by one."""
+    """No float16 scale of a plausible size, tried one by one, is better by much."""
     weights = gaussian(2, 320)
     scales = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     scales = scales[(scales > 0.2 / high) & (scales < 8 / high)]
@@ -84,10 +87,10 @@ def test_near_the_best_there_is(layout: Layout, low: int, high: int, over: float
     assert error(weights, quantize(weights, layout).dequantize(), layout).sum() < (1 + over) * sum(least)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 1 << 32), size=st.integers(1, 8), exponent=st.integers(-12, 4))
 def test_a_q4_0_grid_comes_back_exactly(seed: int, size: int, exponent: int) -> None:
-    """Numbers of any spread, on scales of either sign: the weights are the same to the bit."""
+    """Weights that are numbers of any spread, on scales of either sign, are the same to the bit."""
     rng = np.random.default_rng(seed)
     numbers = rng.integers(8 - size, 8 + min(size, 7), (64, 32), np.uint8, endpoint=True)
     d = (rng.uniform(1, 2, 64) * 2.0**exponent * rng.choice([-1, 1], 64)).astype(np.float16)
@@ -96,16 +99,17 @@ def test_a_q4_0_grid_comes_back_exactly(seed: int, size: int, exponent: int) -> 
 
 
 def q4_0(weights: Floats) -> Packed:
-    """As the `gguf` package quantises: the outermost weight of every block is number 0."""
+    """The `gguf` package quantises so: the outermost weight of every block is number 0."""
     data = quants.quantize(weights, GGMLQuantizationType.Q4_0).reshape(-1)
-    return Packed(Layout.INT4, *weights.shape, *encodings.Q4_0.split(data))
+    rows, cols = weights.shape
+    return Packed(Layout.INT4, rows, cols, *encodings.Q4_0.split(data))
 
 
 def test_what_gguf_made_q4_0_keeps_its_bits() -> None:
-    source = q4_0(gaussian())
-    again = quantize(source.dequantize(), Layout.INT4)
-    assert np.array_equal(again.quants, source.quants)
-    assert np.array_equal(again.scales, source.scales)
+    original = q4_0(gaussian())
+    again = quantize(original.dequantize(), Layout.INT4)
+    assert np.array_equal(again.quants, original.quants)
+    assert np.array_equal(again.scales, original.scales)
 
 
 def test_a_q4_0_grid_is_found_through_bf16() -> None:
@@ -113,10 +117,10 @@ def test_a_q4_0_grid_is_found_through_bf16() -> None:
 
     The numbers are the same; a scale moves by no more than bf16 rounds a weight, and float16 the scale.
     """
-    source = q4_0(gaussian())
-    again = quantize(bf16(source.dequantize()), Layout.INT4)
-    assert np.array_equal(again.quants, source.quants)
-    theirs, ours = (packed.scales.view(np.float16).astype(np.float32) for packed in (source, again))
+    original = q4_0(gaussian())
+    again = quantize(bf16(original.dequantize()), Layout.INT4)
+    assert np.array_equal(again.quants, original.quants)
+    theirs, ours = (packed.scales.view(np.float16).astype(np.float32) for packed in (original, again))
     assert (np.abs(ours - theirs) <= (2.0**-8 + 2.0**-11) * np.abs(theirs)).all()
 
 
@@ -126,13 +130,13 @@ def test_a_q8_0_grid_comes_back_exactly() -> None:
 
 
 def test_a_q4_1_grid_comes_back_closely() -> None:
-    """Exactly, but for weights that float32 rounds: d * q + m can take more than its 24 bits."""
+    """They are found exactly, but for weights that float32 rounds: d * q + m can take more than its 24 bits."""
     grid = by_gguf(gaussian(), GGMLQuantizationType.Q4_1)
     assert np.abs(quantize(grid, Layout.INT4_OFFSET).dequantize() - grid).max() < 1e-6
 
 
 @pytest.mark.parametrize("layout", SEARCHED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1 << 32),
     exponent=st.integers(-140, 15),
@@ -140,7 +144,7 @@ def test_a_q4_1_grid_comes_back_closely() -> None:
     constant=st.booleans(),
 )
 def test_any_weights(layout: Layout, seed: int, exponent: int, power: int, constant: bool) -> None:
-    """No warning, and no more error than from leaving all out or from plain rounding; whatever the weights."""
+    """Whatever the weights are, nothing warns, and zeros and plain rounding have no less error."""
     rng = np.random.default_rng(seed)
     weights = rng.standard_normal((3, 96)) ** power * rng.choice([0, 1], (3, 96), p=[0.2, 0.8])
     weights = np.ldexp(1.0 if constant else weights / np.abs(weights).max(), exponent) * np.ones((3, 96))

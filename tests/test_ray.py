@@ -1,4 +1,4 @@
-"""The example on Ray Data, on a cluster of this machine with two workers."""
+"""The example for Ray Data runs on a cluster of this machine, with two workers."""
 
 import json
 from collections.abc import Iterator
@@ -10,8 +10,10 @@ from click.testing import CliRunner
 
 from examples.ray_batch import main
 from gemma_wgpu import load
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.models.gemma3 import Gemma3Config
 from tests.tiny import HF, random_weights, write_folder
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.ops.layout import Layout
-from gemma_wgpu.weights.checkpoint import matrix_shapes, norm_shapes, open_checkpoint
+from gemma_wgpu.weights.opening import open_checkpoint
 from tests.checkpoints import CONFIG, HF_CONFIG, hf_tensors, same_bits, write_hf, write_safetensors
+from tests.table import matrix_shapes, norm_shapes
 
 Tensors = dict[str, tuple[str, NDArray[np.generic]]]
 
@@ -27,7 +28,7 @@ def tensors(dtype: str = "bfloat16") -> Tensors:
 
 
 def widened(dtype: str, bits: NDArray[np.generic]) -> NDArray[np.float32]:
-    """A bfloat16 is the upper half of a float32."""
+    """Return the values as float32; a bfloat16 is the upper half of one."""
     if dtype != "bfloat16":
         return bits.astype(np.float32)
     halves = np.zeros((*bits.shape, 2), "<u2")
@@ -36,7 +37,7 @@ def widened(dtype: str, bits: NDArray[np.generic]) -> NDArray[np.float32]:
 
 
 def check(folder: Path, expected: Tensors, *, prefix: str = "model.") -> None:
-    """Every tensor of an opened folder, against what was written under names that begin with `prefix`."""
+    """An opened folder has the tensors that were written under names that begin with `prefix`."""
     with open_checkpoint(folder) as checkpoint:
         for name, shape in matrix_shapes(CONFIG).items():
             dtype, bits = expected[name.replace("model.", prefix)]
@@ -46,7 +47,7 @@ def check(folder: Path, expected: Tensors, *, prefix: str = "model.") -> None:
             assert same_bits(tensor.pack(3, 6).dequantize(), widened(dtype, bits)[3:6])
         for name in norm_shapes(CONFIG):
             factor = np.float32(1) + widened(*expected[name.replace("model.", prefix)])
-            assert same_bits(checkpoint.norm(name), factor)
+            assert same_bits(checkpoint.values(name), factor)
 
 
 @pytest.mark.parametrize("dtype", LAYOUTS)
@@ -88,11 +89,11 @@ def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
     ],
 )
 def test_multimodal(prefix: str, vision: str, head: str, tmp_path: Path) -> None:
-    """Text tensors under a prefix; vision tensors, of whatever dtype, ignored; the head written out."""
+    """Text tensors have a prefix in their names, vision tensors of any dtype are ignored, and the head is there."""
     config = {"model_type": "gemma3", "text_config": HF_CONFIG, "vision_config": {}}
     written = {name.replace("model.", prefix): value for name, value in tensors().items()}
     written[vision + "encoder.weight"] = "int64", np.zeros((3, 5), np.int64)
-    written[vision.replace("vision_tower", "multi_modal_projector") + "scale"] = "float32", np.float32([1, 2])
+    written[vision.replace("vision_tower", "multi_modal_projector") + "scale"] = "float32", np.ones(2, np.float32)
     written[head] = written[prefix + "embed_tokens.weight"]
     check(write_hf(tmp_path, config, written), written, prefix=prefix)
     with open_checkpoint(tmp_path) as checkpoint:
@@ -100,7 +101,7 @@ def test_multimodal(prefix: str, vision: str, head: str, tmp_path: Path) -> None
 
 
 def test_tensors_at_odd_addresses(tmp_path: Path) -> None:
-    """The format wants no alignment of its data: here it begins at a byte that is no multiple of four."""
+    """The format does not align the data: here they begin at a byte that is no multiple of four."""
     written = tensors()
     folder = write_hf(tmp_path, HF_CONFIG, written)
     path = folder / "model.safetensors"
@@ -146,7 +147,7 @@ def test_tokenizer_is_the_folders(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, file: str = "") -> str:
-    """The message after the name of `file` in the folder, or of the folder itself."""
+    """Return the message after the name of `file` in the folder, or of the folder itself."""
     with pytest.raises(ModelError) as caught:
         open_checkpoint(folder)
     start = f"{folder / file}: "
@@ -156,23 +157,25 @@ def refused(folder: Path, file: str = "") -> str:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    assert refused(tmp_path / "none").startswith("no such file or folder")
+    assert refused(tmp_path / "none").startswith("there is no such file or folder")
 
 
 def test_missing_config(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, HF_CONFIG, tensors())
     (folder / "config.json").unlink()
-    assert refused(folder).startswith("no config.json in this folder; give a Hugging Face model folder, or a .gguf")
+    assert refused(folder).startswith(
+        "there is no config.json in this folder; give a Hugging Face model folder, or a .gguf"
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not valid JSON"),
-        (b'{"model_type": ', "not valid JSON"),
-        (b"\xff\xfe\xfd", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"[1, 2]", "not a JSON object"),
+        (b"", "this is not valid JSON"),
+        (b'{"model_type": ', "this is not valid JSON"),
+        (b"\xff\xfe\xfd", "this is not valid JSON"),
+        (b"[" * 100_000, "this is not valid JSON"),
+        (b"[1, 2]", "this is not a JSON object"),
         (b'{"model_type": "llama"}', "model_type is 'llama'; only gemma3 and gemma3_text"),
         (
             json.dumps(HF_CONFIG | {"quantization_config": {"quant_method": "awq"}}).encode(),
@@ -189,7 +192,9 @@ def test_bad_config(content: bytes, message: str, tmp_path: Path) -> None:
 def test_no_weights(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, HF_CONFIG, tensors())
     (folder / "model.safetensors").unlink()
-    assert refused(folder).startswith("neither model.safetensors nor model.safetensors.index.json in this folder")
+    assert refused(folder).startswith(
+        "there is neither model.safetensors nor model.safetensors.index.json in this folder"
+    )
 
 
 INDEX = "model.safetensors.index.json"
@@ -199,22 +204,22 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 def test_missing_shard(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, HF_CONFIG, tensors(), shards=2)
     (folder / SECOND).unlink()
-    assert refused(folder, SECOND) == f"no such file, but {INDEX} lists it; download this shard"
+    assert refused(folder, SECOND) == f"there is no such file, but {INDEX} lists it; download this shard"
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({}, "no weight_map"),
-        ({"weight_map": {}}, "no weight_map"),
-        ({"weight_map": [FIRST]}, "no weight_map"),
+        ({}, "it has no weight_map"),
+        ({"weight_map": {}}, "it has no weight_map"),
+        ({"weight_map": [FIRST]}, "it has no weight_map"),
         ({"weight_map": {"a": 3}}, "3 in weight_map is not the name of a safetensors file"),
         ({"weight_map": {"a": ["x"]}}, "['x'] in weight_map is not the name of a safetensors file"),
         ({"weight_map": {"a": "../other/model.safetensors"}}, "'../other/model.safetensors' in weight_map"),
         ({"weight_map": {"a": ""}}, "'' in weight_map is not the name of a safetensors file"),
         ({"weight_map": {"a": ".."}}, "'..' in weight_map is not the name of a safetensors file"),
         ({"weight_map": {"a": "x\0"}}, r"'x\x00' in weight_map is not the name of a safetensors file"),
-        ([], "not a JSON object"),
+        ([], "this is not a JSON object"),
     ],
 )
 def test_bad_index(index: object, message: str, tmp_path: Path) -> None:
@@ -228,7 +233,7 @@ def test_shard_cut_short(cut: int, tmp_path: Path) -> None:
     folder = write_hf(tmp_path, HF_CONFIG, tensors(), shards=2)
     os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - cut)
     message = refused(folder, SECOND)
-    assert message.startswith("not a whole safetensors file (")
+    assert message.startswith("this is not a whole safetensors file (")
     assert message.endswith("; download it again")
 
 
@@ -237,7 +242,7 @@ def test_header_cut_short(size: int, tmp_path: Path) -> None:
     folder = write_hf(tmp_path, HF_CONFIG, tensors())
     os.truncate(folder / "model.safetensors", size)
     message = refused(folder, "model.safetensors")
-    assert message.startswith("the file is empty" if size == 0 else "not a whole safetensors file (")
+    assert message.startswith("the file is empty" if size == 0 else "this is not a whole safetensors file (")
 
 
 def test_the_same_tensor_in_two_shards(tmp_path: Path) -> None:
@@ -248,7 +253,7 @@ def test_the_same_tensor_in_two_shards(tmp_path: Path) -> None:
 
 
 def changed(folder: Path, name: str, value: tuple[str, NDArray[np.generic]] | None) -> Path:
-    """A folder of one file in which one tensor is another, or missing."""
+    """Write a folder of one file in which a tensor is another one, or is missing if `value` is None."""
     written = tensors() | ({} if value is None else {name: value})
     if value is None:
         del written[name]
@@ -274,7 +279,7 @@ def test_missing_tensor(tmp_path: Path) -> None:
             ("int8", np.zeros((128, 64), np.int8)),
             "is I8; only F32, F16, BF16 can be read",
         ),
-        ("model.layers.0.mlp.up_proj.weight_scale", ("float32", np.float32([1])), "is not one that Gemma 3 has"),
+        ("model.layers.0.mlp.up_proj.scale", ("float32", np.ones(1, np.float32)), "is not one that Gemma 3 has"),
         ("lm_head.weight", ("float32", np.zeros((96, 64), np.float32)), "is a head apart from the embedding"),
         ("lm_head.weight", ("bfloat16", np.zeros((96, 64), np.uint16)), "is a head apart from the embedding"),
     ],
@@ -298,14 +303,12 @@ def test_rows_that_are_no_multiple_of_32(tmp_path: Path) -> None:
     folder = write_hf(
         tmp_path, HF_CONFIG | {"hidden_size": 48}, hf_tensors(np.random.default_rng(0), "float16", config)
     )
-    assert refused(folder, "model.safetensors").startswith(
-        "tensor 'model.embed_tokens.weight' has rows of 48, not a multiple of 32"
-    )
+    assert refused(folder, "config.json") == "hidden_size is 48; only multiples of 32 can be run"
 
 
 def test_a_safetensors_file_by_itself(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "model.safetensors", tensors())
-    assert refused(path) == "not a GGUF file: it looks like safetensors; give the folder that it is in"
+    assert refused(path) == "this is not a GGUF file: it looks like safetensors; give the folder that it is in"
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +316,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hf(tmp_path_factory.mktemp("fuzz"), HF_CONFIG, tensors())
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damage(folder: Path, data: st.DataObject) -> None:
     content = bytearray((folder / "model.safetensors").read_bytes())
@@ -329,7 +332,7 @@ def test_damage(folder: Path, data: st.DataObject) -> None:
         use(damaged)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_config(folder: Path, data: st.DataObject) -> None:
     content = bytearray((folder / "config.json").read_bytes())
@@ -349,7 +352,7 @@ def use(path: Path) -> None:
             for name in matrix_shapes(checkpoint.config):
                 checkpoint.tensor(name).pack()
             for name in norm_shapes(checkpoint.config):
-                checkpoint.norm(name)
+                checkpoint.values(name)
     except ModelError as error:
         assert str(error).startswith(str(path))
         assert "\n" not in str(error)

@@ -7,11 +7,13 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +23,19 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from click.testing import CliRunner
 from openai import OpenAI
 from pydantic import BaseModel, Field, ValidationError
 
 from gemma_wgpu import DeviceError, Gemma, RequestError, load
+from gemma_wgpu.apps.cli import main
 from gemma_wgpu.apps.server import app as server_app
+from gemma_wgpu.apps.server.choices import TokenTexts
 from gemma_wgpu.apps.server.engine import Engine
 from gemma_wgpu.apps.server.metrics import Metrics
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.engine.request import Request
+from gemma_wgpu.models.gemma3 import Gemma3Config
+from gemma_wgpu.options import RANGES
 from tests.tiny import (
     BOS,
     END_OF_TURN,
@@ -40,6 +47,8 @@ from tests.tiny import (
     token,
     write_folder,
 )
+
+pytestmark = pytest.mark.slow
 
 CLIENTS = 200
 SECONDS = 60  # until something that hangs is given up
@@ -54,7 +63,7 @@ SCRIPTS = [
     [*tokens("▁the", "▁cat", "▁sat", "▁on", "▁a", "▁mat"), EOS],
     [*tokens("x", "y", "z"), token("x")],
     [*tokens("m", 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, "n"), EOS],  # m€😀n
-    [*tokens("\n", "▁home", "▁again"), END_OF_TURN],  # what it answers
+    [*tokens("\n", "▁home", "▁again"), END_OF_TURN],  # the answer
 ]
 ENDLESS = HF | {"max_position_embeddings": 1 << 17, "sliding_window_pattern": 100}
 
@@ -78,7 +87,7 @@ class Served:
         return httpx.post(self.url + path, timeout=SECONDS, **options)
 
     def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
+        """Return the sum of a metric over its labels."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if re.match(rf"gemma_wgpu_{name}[ {{]", line))
 
@@ -92,12 +101,15 @@ def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def serving(
-    gemma: Gemma, *, batch_size: int = 4, waiting: int = 64, grace: int = 1, **options: Any
+    gemma: Gemma, *, batch_size: int = 4, waiting: int = 64, buffer: int | None = None, **options: Any
 ) -> Iterator[Served]:
+    """Serve `gemma`, with a send buffer of `buffer` bytes for each connection if it is given."""
     metrics = Metrics()
     with server_app.bind("127.0.0.1", 0) as bound, Engine(gemma, batch_size, waiting, metrics.ended) as engine:
+        if buffer:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         app = server_app.create_app(gemma, engine, metrics, name=NAME, **options)
-        server = server_app.server(app, grace=grace)
+        server = server_app.Server(app, engine)
         thread = threading.Thread(target=server.run, args=([bound],))
         url = server_app.address(bound)
         thread.start()
@@ -125,7 +137,7 @@ def served(scripted: Gemma) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def endless_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that never stops."""
+    """Return a model that never stops."""
     weights = scripted_weights(Gemma3Config.from_hf(ENDLESS), SCRIPTS)
     return write_folder(tmp_path_factory.mktemp("endless") / "endless", ENDLESS, weights)
 
@@ -138,7 +150,7 @@ def endless(endless_folder: Path) -> Iterator[Gemma]:
 
 @pytest.fixture(scope="module")
 def guessing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A model with random weights."""
+    """Serve a model with random weights."""
     folder = write_folder(tmp_path_factory.mktemp("guessing"), HF, random_weights(Gemma3Config.from_hf(HF)))
     with load(folder, precision="f32") as gemma, serving(gemma, waiting=2 * CLIENTS) as served:
         yield served
@@ -149,7 +161,7 @@ HELLO: dict[str, Any] = GREEDY | {"messages": [{"role": "user", "content": "so"}
 
 
 def refused(call: Callable[[], object], status: int, *named: str, param: str | None = None) -> openai.APIStatusError:
-    """In OpenAI's shape, by a message that names the culprit."""
+    """Check that it is refused in OpenAI's shape, by a message that names the culprit."""
     with pytest.raises(openai.APIStatusError) as caught:
         call()
     error = caught.value
@@ -163,7 +175,7 @@ def refused(call: Callable[[], object], status: int, *named: str, param: str | N
     return error
 
 
-# What is answered.
+# Answers.
 
 
 def test_models(served: Served) -> None:
@@ -214,10 +226,10 @@ def test_completion(served: Served, stream: bool) -> None:
 
 
 def texts(said: Any) -> dict[int, tuple[str, str | None]]:
-    """By the index of the choice, its text and why it ended, of a completion or a stream of chunks."""
+    """Return the text of each choice and why it ended, by its index, of a completion or a stream of chunks."""
     found: dict[int, tuple[str, str | None]] = {}
-    for part in [said] if hasattr(said, "choices") else said:
-        for choice in part.choices:
+    for chunk in [said] if hasattr(said, "choices") else said:
+        for choice in chunk.choices:
             text, reason = found.get(choice.index, ("", None))
             assert reason is None
             found[choice.index] = text + choice.text, choice.finish_reason
@@ -263,7 +275,8 @@ def test_characters_of_several_tokens(served: Served, stream: bool) -> None:
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_most_tokens_of_a_reply(served: Served, name: str) -> None:
-    said = served.client.chat.completions.create(**HELLO, **{name: 1})
+    options: dict[str, Any] = HELLO | {name: 1}
+    said = served.client.chat.completions.create(**options)
     assert (said.choices[0].message.content, said.choices[0].finish_reason) == (" home", "length")
 
 
@@ -351,7 +364,10 @@ def test_logprobs_of_a_completion(guessing: Served, stream: bool) -> None:
     for row, top in zip(expected, tops, strict=True):
         assert max(top.values()) == pytest.approx(row.max(), abs=1e-3)
         assert 1 < len(top) <= 3
-    assert offsets[:3] == [0, 1, 2]
+    data = guessing.gemma.tokenizer.token_bytes()
+    before = [b"".join(data[token] for token in generation.ids[:count]) for count in range(5)]
+    assert offsets == [sum(byte & 0xC0 != 0x80 for byte in said) for said in before]  # bytes that begin a character
+    assert offsets[-1] > 1
 
 
 def reference_logprobs(ids: list[int], new: list[int]) -> Any:
@@ -378,12 +394,13 @@ def test_logprobs_of_a_chat(served: Served, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_are_of_the_text_that_is_told(served: Served, stream: bool) -> None:
-    """Not of a stop string; and of every byte of a character."""
-    for prompt, options, expected in (
+    """There are none of a stop string, and one of every byte of a character."""
+    cases: list[tuple[str, dict[str, Any], list[str]]] = [
         ("z", {"stop": "zx", "max_tokens": 9}, ["x", "y"]),
         ("z", {"stop": "zxx", "max_tokens": 4}, ["x", "y", "z", "x"]),
         ("m", {}, [f"bytes:\\x{byte:02x}" for byte in "€😀".encode()] + ["n"]),
-    ):
+    ]
+    for prompt, options, expected in cases:
         said: Any = served.client.completions.create(**GREEDY, prompt=prompt, logprobs=0, stream=stream, **options)
         parts = [part.choices[0].logprobs for part in ([said] if hasattr(said, "choices") else said)]
         assert [name for part in parts for name in part.tokens] == expected
@@ -395,13 +412,13 @@ class Animal(BaseModel, extra="forbid"):
 
 
 def test_response_format(guessing: Served) -> None:
-    """Without it the model says nothing that is JSON."""
-    chat = {"model": NAME, "messages": [{"role": "user", "content": "so"}]}
+    """Without it, the model says nothing that is JSON."""
+    chat: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "so"}]}
     for seed in range(4):
         said = guessing.client.chat.completions.parse(**chat, seed=seed, response_format=Animal)
         assert isinstance(said.choices[0].message.parsed, Animal)
     schema = {"name": "animal", "schema": Animal.model_json_schema()}
-    form = {"type": "json_schema", "json_schema": schema}
+    form: Any = {"type": "json_schema", "json_schema": schema}
     streams = [guessing.client.chat.completions.create(**chat, stream=True, response_format=form) for _ in range(2)]
     free = guessing.client.chat.completions.create(**chat, stream=True, max_tokens=40)
     told = ["".join(chunk.choices[0].delta.content or "" for chunk in stream) for stream in [*streams, free]]
@@ -412,12 +429,12 @@ def test_response_format(guessing: Served) -> None:
 
 
 def test_bytes_of_tokens(served: Served) -> None:
-    entries = server_app.TokenTexts(served.gemma.tokenizer)
+    entries = TokenTexts(served.gemma.tokenizer)
     assert entries.rival(token(0xE2), -1.0).bytes == [0xE2]
     assert entries.rival(token("▁cat"), -1.0).bytes == list(b" cat")
 
 
-# What is refused.
+# Refusals.
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -425,6 +442,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "hot"}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"top_k": 0.5}, "top_k"),
+    ({"top_k": -1}, "top_k"),
+    ({"top_k": (1 << 24) + 1}, "top_k"),
+    ({"min_p": 1.5}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"stop": [""]}, "stop"),
     ({"n": 0}, "n"),
     ({"n": 65}, "n"),
     ({"n": True}, "n"),
@@ -498,7 +520,7 @@ def test_bodies_that_are_none(served: Served) -> None:
         error = served.post("/v1/completions", content=content, headers={"Content-Type": kind})
         assert error.status_code == 400
         assert error.json()["error"]["message"]
-    # What a web page may send to anywhere without being asked whether it may.
+    # A web page may send this to anywhere without being asked whether it may.
     body = json.dumps({**GREEDY, "prompt": "x"})
     assert served.post("/v1/completions", content=body, headers={"Content-Type": "text/plain"}).status_code == 400
     for path, status in (("/v1/embeddings", 404), ("/v1/models", 405)):
@@ -509,7 +531,7 @@ def test_bodies_that_are_none(served: Served) -> None:
 
 def test_a_body_that_is_too_large(served: Served) -> None:
     body = json.dumps({**GREEDY, "prompt": "x" * server_app.MOST_BODY}).encode()
-    for content in (body, iter([body[:1000], body[1000:]])):  # with a length in front, and without
+    for content in (body, iter([body[:1000], body[1000:]])):  # the first has a length in front, the second has not
         error = served.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
         assert error.status_code == 413
         assert error.json()["error"]["type"] == "invalid_request_error"
@@ -547,14 +569,17 @@ def test_cross_origin(served: Served, endless: Gemma) -> None:
     assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-# What is told of the server.
+# Figures of the server, and its page.
 
 
 def test_openapi(served: Served) -> None:
     api = httpx.get(f"{served.url}/openapi.json").json()
     assert {"/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics"} <= set(api["paths"])
     schemas = api["components"]["schemas"]
-    assert "temperature" in schemas["ChatRequest"]["properties"]
+    assert "temperature" in schemas["ChatBody"]["properties"]
+    for name in ("top_k", "min_p", "repetition_penalty"):
+        kind, _ = schemas["CompletionBody"]["properties"][name]["anyOf"]
+        assert (kind["minimum"], kind["maximum"]) == (RANGES[name].low, RANGES[name].high)
     assert "choices" in schemas["ChatCompletion"]["properties"]
 
 
@@ -580,7 +605,7 @@ def test_page(served: Served) -> None:
     assert not re.search(r"(src|href)=\"(?!#|data:)", page.text)
 
 
-# Turns.
+# Jobs.
 
 
 def idle(served: Served) -> bool:
@@ -594,7 +619,7 @@ def test_a_client_that_hangs_up_frees_its_place(endless: Gemma) -> None:
     with serving(endless, batch_size=1) as served:
         stream = served.client.completions.create(**LONG)
         assert [next(stream).choices[0].text for _ in range(3)] == ["y", "z", "x"]
-        waiting = served.client.completions.create(**LONG)  # its head comes, no text
+        waiting = served.client.completions.create(**LONG)  # its head comes, but no text
         until(lambda: (served.engine.running, served.engine.waiting) == (1, 1))
         waiting.close()
         until(lambda: (served.engine.running, served.engine.waiting) == (1, 0))
@@ -614,29 +639,30 @@ def test_a_client_that_hangs_up_frees_its_place(endless: Gemma) -> None:
 
 def test_a_client_that_hangs_up_amid_its_prompt(endless: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
     began, gone, chunks = threading.Event(), threading.Event(), []
-    prefill_one = endless._model._prefill_one
+    prefill = endless.runner.prefill
 
-    def held(*where: int) -> None:
-        prefill_one(*where)
-        chunks.append(where)
+    def held(*chunk: Any) -> Any:
+        reading = prefill(*chunk)
+        chunks.append(chunk)
         began.set()
         assert gone.wait(SECONDS)
+        return reading
 
     endless.reset()
     with serving(endless) as served:
-        monkeypatch.setattr(endless._model, "_prefill_one", held)
+        monkeypatch.setattr(endless.runner, "prefill", held)
         stream = served.client.completions.create(**LONG | {"prompt": [BOS, *[token("x")] * 5000]})
         assert began.wait(SECONDS)
-        turn = served.engine._turns[0]
+        job = served.engine._jobs[0]
         stream.close()
-        until(lambda: turn.cancelled)
+        until(lambda: job.cancelled)
         gone.set()
         until(lambda: idle(served))
         assert len(chunks) == 1
 
 
 def test_requests_go_side_by_side(endless: Gemma) -> None:
-    """Each as if it were alone, also when another one comes, ends or is hung up on."""
+    """Each is answered as if it were alone, also when another one comes, ends or is hung up on."""
     with serving(endless, batch_size=3) as served:
         streams = [served.client.completions.create(**LONG | {"prompt": prompt}) for prompt in "xyz"]
         for stream, expected in zip(streams, ("yzx", "zxy", "xyz"), strict=True):
@@ -686,7 +712,7 @@ ROUNDS = 2
 
 
 def test_many_clients_of_which_a_third_hangs_up(guessing: Served) -> None:
-    """At any time: while they wait, before the first token, in the middle. The others get what is theirs alone."""
+    """It hangs up at any time: while it waits, before the first token, in the middle. The others get their own."""
     served, gemma, rng = guessing, guessing.gemma, random.Random(0)
     bodies: list[dict[str, Any]] = []
     expected: list[list[str]] = []
@@ -716,8 +742,8 @@ def test_many_clients_of_which_a_third_hangs_up(guessing: Served) -> None:
                     await client.completions.create(**body)
 
     async def ask_all(url: str) -> None:
-        options = {"base_url": f"{url}/v1", "api_key": "none", "max_retries": 0, "timeout": SECONDS}
-        async with openai.AsyncOpenAI(**options) as client, asyncio.TaskGroup() as group:
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=SECONDS)
+        async with client, asyncio.TaskGroup() as group:
             for number in range(CLIENTS):
                 group.create_task((ask if number % 3 else hang_up)(client, number))
 
@@ -726,38 +752,90 @@ def test_many_clients_of_which_a_third_hangs_up(guessing: Served) -> None:
         asyncio.run(ask_all(served.url))
         until(lambda: idle(served))
         gc.collect()
-        peaks.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, gemma.device.allocated))
+        unknown = gemma.device.allocated - sum(gemma.gpu_bytes.values())
+        peaks.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, unknown))
     assert served.metric("active_requests") == 0
     counted = httpx.get(f"{served.url}/metrics").text
     assert 'generations_total{reason="cancelled"}' in counted
     assert set(re.findall(r'requests_total{path="/v1/completions",status="(\d+)"', counted)) == {"200", "499"}
-    assert {allocated for _, allocated in peaks} == {sum(gemma.gpu_bytes.values())}
+    assert {unknown for _, unknown in peaks} == {0}
     assert peaks[-1][0] < peaks[0][0] + MEMORY
 
 
 # The end.
 
 
-def test_what_runs_has_time_to_end(endless: Gemma) -> None:
-    with serving(endless, grace=SECONDS) as served:
-        stream = served.client.completions.create(**LONG | {"max_tokens": 200})
-        next(stream)
+def stopped(response: httpx.Response) -> None:
+    """Check that a response that is not streamed says that the server stopped."""
+    assert response.status_code == 503
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "stopped")
+    assert "stopped" in error["message"]
+
+
+def stopped_amid(events: list[str]) -> None:
+    """Check that the events of a stream end by an error that says that the server stopped."""
+    assert len(events) > 1
+    assert "[DONE]" not in "".join(events)
+    error = json.loads(events[-1].removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("server_error", "stopped")
+    assert "stopped" in error["message"]
+
+
+def test_clients_are_told_that_the_server_stops(endless: Gemma) -> None:
+    """One has a stream, another one waits for the whole text, and the others have not begun."""
+    with serving(endless, batch_size=2) as served, ThreadPoolExecutor() as pool:
+
+        def streamed() -> list[str]:
+            with httpx.stream("POST", f"{served.url}/v1/completions", json=LONG, timeout=SECONDS) as response:
+                return [line for line in response.iter_lines() if line]
+
+        def whole() -> httpx.Response:
+            return served.post("/v1/completions", json=LONG | {"stream": False})
+
+        first = pool.submit(streamed)
+        until(lambda: served.engine.running == 1)
+        second = pool.submit(whole)
+        until(lambda: served.engine.running == 2)
+        others = [pool.submit(whole) for _ in range(2)]
+        until(lambda: served.engine.waiting == 2)
+        until(lambda: len(served.engine._jobs[0].requests[0].ids) > 1)
         served.server.should_exit = True
-        assert texts(stream)[0][1] == "length"
+        stopped_amid(first.result(SECONDS))
+        for future in (second, *others):
+            stopped(future.result(SECONDS))
         served.thread.join(SECONDS)
+        assert not served.thread.is_alive()
+        until(lambda: idle(served))
         with pytest.raises(openai.APIConnectionError):
             served.client.models.list()
 
 
-def test_what_runs_too_long_is_cut_off(endless: Gemma) -> None:
-    with serving(endless, grace=1) as served:
-        stream = served.client.completions.create(**LONG)
-        next(stream)
+def test_a_client_that_does_not_read_is_cut_off(endless: Gemma, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(endless, buffer=4096) as served, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(served.server.servers[0].sockets[0].getsockname())
+        body = json.dumps(LONG | {"logprobs": 20, "n": 4}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        connections = served.server.server_state.connections
+        until(lambda: any(connection.flow.write_paused for connection in list(connections)))
         served.server.should_exit = True
-        with pytest.raises((openai.APIError, httpx.HTTPError)):
-            list(stream)
         served.thread.join(SECONDS)
+        assert not served.thread.is_alive()
         until(lambda: idle(served))
+    assert caplog.records == []
+
+
+def test_half_a_request_does_not_hold_up_the_end(endless: Gemma, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(endless) as served, socket.create_connection(served.server.servers[0].sockets[0].getsockname()) as c:
+        c.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n")
+        c.sendall(b"Content-Type: application/json\r\n\r\n{")
+        until(lambda: bool(served.server.server_state.tasks))
+        served.server.should_exit = True
+        served.thread.join(SECONDS)
+        assert not served.thread.is_alive()
+    assert caplog.records == []
 
 
 def test_close_stops_what_runs_and_what_waits(endless: Gemma) -> None:
@@ -778,16 +856,55 @@ def test_a_failure_is_told(endless: Gemma, monkeypatch: pytest.MonkeyPatch) -> N
 
     with serving(endless) as served:
         with monkeypatch.context() as patch:
-            patch.setattr(endless._model, "begin", fail)
+            patch.setattr(endless.runner, "begin", fail)
             refused(lambda: served.client.completions.create(**GREEDY, prompt="x"), 500, "the GPU is gone")
             with pytest.raises(openai.APIError, match="the GPU is gone"):
                 list(served.client.completions.create(**LONG))
             answer = httpx.get(f"{served.url}/health")
             assert (answer.status_code, answer.json()["detail"]) == (503, "the GPU is gone")
-            patch.setattr(endless._model, "begin", lambda *_: 1 / 0)
+            patch.setattr(endless.runner, "begin", lambda *_: 1 / 0)
             refused(lambda: served.client.completions.create(**GREEDY, prompt="x"), 500, "log")
         assert served.client.completions.create(**GREEDY, prompt="x", max_tokens=1).choices[0].text == "y"
         assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("error", [DeviceError("the GPU is gone"), ZeroDivisionError("a mistake")])
+def test_a_text_that_fails_ends_alone(endless: Gemma, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The other jobs go on, and so does the engine."""
+    failing, push = threading.Event(), Request.push
+
+    def push_or_fail(request: Request, *arguments: Any) -> None:
+        if failing.is_set() and len(request.prompt) == 3:
+            raise error
+        push(request, *arguments)
+
+    monkeypatch.setattr(Request, "push", push_or_fail)
+    message = "the GPU is gone" if isinstance(error, DeviceError) else "its log says why"
+    with serving(endless) as served:
+        stream = served.client.completions.create(**LONG)
+        assert next(stream).choices[0].text == "y"
+        at_fault = served.client.completions.create(**LONG | {"prompt": [BOS, token("y"), token("x")], "n": 2})
+        next(at_fault)
+        failing.set()
+        with pytest.raises(openai.APIError, match=message):
+            list(at_fault)
+        assert "".join(next(stream).choices[0].text for _ in range(3000))[-3:] in ("yzx", "zxy", "xyz")
+        stream.close()
+        until(lambda: idle(served))
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        counted = httpx.get(f"{served.url}/metrics").text
+        found = {
+            reason: float(count) for reason, count in re.findall(r'generations_total{reason="(\w+)"} (\S+)', counted)
+        }
+        assert found["failed"] >= 1
+        assert sum(found.values()) == 3
+
+
+def test_a_model_that_was_closed(endless_folder: Path) -> None:
+    with load(endless_folder, precision="f32", context_length=1000) as gemma, serving(gemma) as served:
+        gemma.close()
+        refused(lambda: served.client.completions.create(**GREEDY, prompt="x"), 500, "closed")
+        assert httpx.get(f"{served.url}/v1/models").status_code == 200
 
 
 # The command.
@@ -795,7 +912,7 @@ def test_a_failure_is_told(endless: Gemma, monkeypatch: pytest.MonkeyPatch) -> N
 
 @contextmanager
 def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`gemma-wgpu serve`, and where it says that it is."""
+    """Run `gemma-wgpu serve`; yield the process, and the address that it says."""
     line = [sys.executable, "-c", "from gemma_wgpu.apps.cli import main; main()", "serve", "--port", "0", *arguments]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -808,17 +925,30 @@ def command(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_command(endless_folder: Path, number: int) -> None:
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_a_signal_stops_the_command(endless_folder: Path, numbers: list[int]) -> None:
+    """Another one changes nothing."""
     with command("--model", str(endless_folder), "--name", "it") as (process, url):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=SECONDS)
         assert [model.id for model in client.models.list()] == ["it"]
-        stream = client.completions.create(**LONG | {"model": "it", "max_tokens": 100})
-        next(stream)
-        process.send_signal(number)
-        assert texts(stream)[0][1] == "length"
+        body = LONG | {"model": "it"}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=SECONDS) as response:
+            lines = (line for line in response.iter_lines() if line)
+            events = [next(lines)]
+            for number in numbers:
+                process.send_signal(number)
+                time.sleep(0.05)  # two at once would be one
+            stopped_amid([*events, *lines])
         _, errors = process.communicate(timeout=SECONDS)
         assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_ports_that_do_not_exist(port: int) -> None:
+    """They are found before the model is loaded."""
+    result = CliRunner().invoke(main, ["serve", "--model", "no such model", "--port", str(port)])
+    assert result.exit_code == 1
+    assert result.output == f"Error: port is {port}; it must be a whole number from 0 to 65,535\n"
 
 
 def test_a_server_for_everybody_warns(endless_folder: Path) -> None:
@@ -836,8 +966,18 @@ def test_a_port_that_is_taken() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(RequestError, match=f"127.0.0.1 port {port}.*--port"):
             server_app.bind("127.0.0.1", port)
-    with pytest.raises(RequestError, match="--host"):
-        server_app.bind("no.such.host.invalid", 0)
+    for host in ("no.such.host.invalid", "." * 80, "a" * 80):
+        with pytest.raises(RequestError, match="--host"):
+            server_app.bind(host, 0)
+
+
+def test_a_port_that_is_taken_meanwhile() -> None:
+    with server_app.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with server_app.bind("127.0.0.1", port) as second:
+            server_app.listen(first)
+            with pytest.raises(RequestError, match=f"127.0.0.1 port {port}.*--port"):
+                server_app.listen(second)
 
 
 @pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("0.0.0.0", False)])

@@ -1,5 +1,6 @@
 """A conversation that goes on: on what the cache still holds, and on what a file kept of it."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gemma_wgpu import DeviceError, Gemma, RequestError, load
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu import DeviceError, Gemma, Options, RequestError, load
+from gemma_wgpu.models.gemma3 import Gemma3Config
 from tests.tiny import HF, PIECES, random_weights, reference_logits, write_folder
 
 CONFIG = Gemma3Config.from_hf(HF)
@@ -68,7 +69,7 @@ def test_what_the_cache_holds_is_not_computed_again(gemma: Gemma) -> None:
 def test_after_any_history_the_logits_are_those_of_a_fresh_start(
     gemma: Gemma, ahead: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gemma_wgpu.engine.generation._LATENESS", ahead)
+    monkeypatch.setattr("gemma_wgpu.engine.scheduler._LATENESS", ahead)
     gemma.reset()
     for length, common, count in ((20, 0, 9), (50, 20, 30), (90, 84, 12), (91, 60, 3), (70, 62, 40), (30, 29, 1)):
         reused(gemma, [*IDS[:common], *IDS[common + 3 : length]], count)
@@ -95,10 +96,17 @@ def test_a_prompt_that_is_interrupted(gemma: Gemma) -> None:
     gemma.reset()
     generation = gemma.generate(IDS[:100], temperature=0)
     next(generation)
-    with pytest.raises(RequestError):
-        gemma.generate(IDS[:3], temperature=0, max_new_tokens=1).__next__()
-        next(generation)
+    gemma.scheduler.remove(generation.request)
+    assert len(list(generation)) <= 1  # half a character that was held back
     check(gemma, IDS[:101])
+    request = gemma.request(IDS[:110], Options(temperature=0))
+    gemma.reset()
+    gemma.scheduler.add(request)
+    gemma.device.wait(gemma.scheduler.advance())  # the first of four chunks
+    gemma.scheduler.remove(request)
+    assert request.ids == []
+    assert 0 < reused(gemma, IDS[:110])[0] < 109
+    check(gemma, IDS[:111])
 
 
 def test_a_session_goes_on(gemma: Gemma, kept: Path) -> None:
@@ -114,7 +122,7 @@ def test_a_session_goes_on(gemma: Gemma, kept: Path) -> None:
 
 def test_a_session_of_a_generation(gemma: Gemma, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where steps ran past its end, and round the ring."""
-    monkeypatch.setattr("gemma_wgpu.engine.generation._LATENESS", 1e9)
+    monkeypatch.setattr("gemma_wgpu.engine.scheduler._LATENESS", 1e9)
     for length in (10, 50):
         generation = gemma.generate(IDS[:length], temperature=0)
         for _ in range(12):
@@ -143,18 +151,54 @@ def test_sessions_of_other_models(gemma: Gemma, folder: Path, kept: Path, tmp_pa
         check(model, IDS[:80])
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text", "array"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "empty", "cut", "text", "array", "no ids", "no keys", "short keys", "oldest", "no format"]
+)
 def test_sessions_that_are_none(gemma: Gemma, kept: Path, damage: str) -> None:
     content = kept.read_bytes()
     kept.unlink()
     if damage == "array":
         with kept.open("wb") as file:
             np.save(file, np.zeros(3))
+    elif damage in ("no ids", "no keys", "short keys", "oldest", "no format"):
+        with np.load(io.BytesIO(content)) as file:
+            arrays = dict(file)
+        if damage == "short keys":
+            arrays["01.keys"] = arrays["01.keys"][:-4]
+        elif damage == "oldest":
+            arrays["oldest"] = np.array(71)
+        else:
+            del arrays[{"no ids": "ids", "no keys": "02.keys", "no format": "format"}[damage]]
+        with kept.open("wb") as file:
+            np.savez(file, **arrays)
     elif damage != "missing":
         kept.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "text": b"hello"}[damage])
+    gemma.reset()
     with pytest.raises(RequestError, match="kept: "):
         gemma.load_session(kept)
-    check(gemma, IDS[:20])
+    assert reused(gemma, IDS[:90])[0] == 0
+    check(gemma, IDS[:90])
+
+
+def test_a_session_beside_a_text_that_is_under_way(gemma: Gemma, kept: Path) -> None:
+    """The text goes on with its own cache, and the session is there beside it."""
+    expected = reused(gemma, IDS[:9], 40)[1]
+    gemma.reset()
+    generation = gemma.generate(IDS[:9], temperature=0, max_new_tokens=40)
+    for _ in range(20):
+        next(generation)
+    assert gemma.load_session(kept) == IDS[:70]
+    assert reused(gemma, IDS[:90])[0] == 70
+    check(gemma, IDS[:90])
+    generation.result()
+    assert generation.ids == expected
+
+
+def test_a_session_of_nothing(gemma: Gemma, tmp_path: Path) -> None:
+    gemma.reset()
+    gemma.save_session(tmp_path / "nothing")
+    assert gemma.load_session(tmp_path / "nothing") == []
+    check(gemma, IDS[:9])
 
 
 def test_a_session_that_cannot_be_written(gemma: Gemma, tmp_path: Path) -> None:

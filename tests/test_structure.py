@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gemma_wgpu.engine.model import Model
-from gemma_wgpu.gpu.device import Adapter, AdapterInfo, Buffer, Constants, Dispatch, Limits, Program
+from gemma_wgpu.engine.runner import Draw, Row, Runner
+from gemma_wgpu.gpu.device import Adapter, AdapterInfo, Buffer, Constants, Data, Dispatch, Limits, Program
 from gemma_wgpu.gpu.ledger import Ledger
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.models.gemma3 import FAMILY, Gemma3, Gemma3Config, tensors
+from gemma_wgpu.models.spec import Kind
 from gemma_wgpu.ops.layout import Layout
-from gemma_wgpu.weights.checkpoint import EMBEDDING, Source, matrix_shapes, norm_shapes
+from gemma_wgpu.options import Options
+from gemma_wgpu.tokens.tokenizer import Tokenizer
+from gemma_wgpu.weights.checkpoint import Tensor, Weights
+from gemma_wgpu.weights.upload import Upload
 from tests.reference.random_1b import CONFIG
 
 LAYERS = 26
@@ -44,90 +48,115 @@ class Counting(Ledger):
     def record(self, dispatches: Sequence[Dispatch]) -> Program:
         return Recorded(dispatches)
 
-    async def _nothing(self) -> NDArray[np.uint8]:
-        return np.zeros(4, np.uint8)
 
-    def read(
-        self, buffer: Buffer, offset: int = 0, size: int | None = None, *, after: Sequence[Program] = ()
-    ) -> Awaitable[NDArray[np.uint8]]:
-        return self._nothing()
-
-
-class Blank(Source):
+class Blank(Tensor):
     """A matrix without weights."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.shape = name, matrix_shapes(SHAPE)[name]
+    def __init__(self, name: str, shape: tuple[int, int], layout: Layout) -> None:
+        self.name, self.shape, self._layout = name, shape, layout
 
     @property
     def layout(self) -> Layout:
-        return Layout.INT8 if self.name == EMBEDDING else Layout.INT4
+        return self._layout
 
-    async def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Any, Any]]:
-        for nothing in ():
-            yield nothing
+    async def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data, Data]]:
+        raise AssertionError("there are none")
+        yield
 
 
-class Blanks:
-    config, quantization = SHAPE, "int4"
+class Blanks(Weights):
+    """The 1B in int4, its embedding in int8."""
 
-    def tensor(self, name: str) -> Source:
-        return Blank(name)
+    name, family, config, quantization, reports_progress = "1b", FAMILY, SHAPE, "int4", False
+    place = "nowhere"
 
-    async def norm_factors(self, name: str) -> NDArray[np.float32]:
-        return np.ones(norm_shapes(SHAPE)[name], np.float32)
+    def tensor(self, name: str) -> Tensor:
+        spec = self.table[name]
+        return Blank(name, spec.stored_shape, Layout.INT8 if spec.kind == Kind.EMBEDDING else Layout.INT4)
+
+    async def vector(self, name: str) -> NDArray[np.float32]:
+        return np.ones(self.table[name].shape[0], np.float32)
+
+    def tokenizer(self) -> Tokenizer:
+        raise AssertionError("there is none")
 
     def release(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.fixture(scope="module", params=["CPU", "DiscreteGPU"])
-def model(request: pytest.FixtureRequest) -> Model:
-    """Its buffers are of the size that one token takes."""
+def runner(request: pytest.FixtureRequest) -> Runner:
+    """Its buffers are of the size that one token takes, and its cache is full."""
     info = AdapterInfo("", "", "", "", "Vulkan", request.param)
     limits = Limits(1 << 31, 1 << 31, 8, 1 << 15, 256, 65535)
     device = Counting(Adapter(info, limits, frozenset({"shader-f16"})))
-    model = Model(device, SHAPE, half=True, context_length=CONTEXT, prefill_chunk=1)
-    model.allocate()
-    asyncio.run(model.load(Blanks(), lambda _: None))  # type: ignore[arg-type]
-    return model
+    model = asyncio.run(Gemma3.load(SHAPE, Upload(device, Blanks(), lambda _: None, empty=True)))
+    runner = Runner(device, model, half=True, context_length=CONTEXT, prefill_chunk=1)
+    runner.fill()
+    return runner
 
 
-def dispatches(model: Model) -> list[Dispatch]:
-    return [dispatch for program in model.decode_programs for dispatch in program.dispatches]
+def dispatches(runner: Runner) -> list[Dispatch]:
+    return [dispatch for program in runner.decode_programs() for dispatch in program.dispatches]
 
 
-def test_dispatches(model: Model) -> None:
-    assert model.decode_dispatches == len(dispatches(model)) <= 165
-    layers = model.decode_programs[0].dispatches[1:]
-    assert len(layers) <= 6 * LAYERS
-    head = sum(len(program.dispatches) for program in model.decode_programs[1:])
-    assert head <= 5
+def weight_bytes(runner: Runner) -> int:
+    layouts = {Kind.EMBEDDING: Layout.INT8, Kind.MATRIX: Layout.INT4}
+    matrices = sum(layouts[spec.kind].nbytes(*spec.stored_shape) for spec in tensors(SHAPE) if spec.kind.is_matrix)
+    return matrices + runner.norm_bytes
+
+
+def test_dispatches(runner: Runner) -> None:
+    assert runner.decode_dispatches == len(dispatches(runner)) <= 143
+    layers, head, sample = (program.dispatches for program in runner.decode_programs())
+    assert len(layers) - 1 <= 6 * LAYERS
+    assert len(head) + len(sample) <= 5
 
 
 @pytest.mark.parametrize("position", [0, 511, 512, CONTEXT - 1])
-def test_bytes(model: Model, position: int) -> None:
+def test_bytes(runner: Runner, position: int) -> None:
     """All that a step's dispatches are given to read is hardly more than the weights and the cache, once."""
-    caches = {buffer: model.layers[i].attention for i, pair in enumerate(model.caches) for buffer in pair}
-    cache = sum(min(shape.window, position + 1) * model.slot_bytes for shape in caches.values())
+    cache = runner.cache
+    caches: dict[Buffer, int] = {}
+    for index, spec in enumerate(cache.specs):
+        seen = min(cache.window(spec), position + 1) * cache.row_bytes(index)
+        caches |= {cache.keys(index): seen, cache.values(index): seen}
+    total = weight_bytes(runner) + sum(caches.values())
     given = 0
-    for dispatch in dispatches(model):
+    for dispatch in dispatches(runner):
         for buffer in dispatch.bindings:
             if buffer in caches:
-                given += min(caches[buffer].window, position + 1) * model.slot_bytes
-            elif buffer is model.tokens or buffer.label.startswith("rope"):
+                given += caches[buffer]
+            elif buffer.label.startswith("rope"):
                 given += 2 * SHAPE.head_dim  # of which a step reads a row
             elif dispatch.pipeline.label == "embed":
                 given += 4 * SHAPE.hidden_size
             else:
                 given += buffer.size
-    assert model.weight_bytes + cache < given <= 1.05 * (model.weight_bytes + cache)
+    assert total < given <= 1.05 * total
 
 
-def test_every_weight_is_bound_once(model: Model) -> None:
-    parts = [
-        part for layer in model.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down) for part in m.parts
+def test_every_weight_is_bound_once(runner: Runner) -> None:
+    model = runner.model
+    assert isinstance(model, Gemma3)
+    matrices = [
+        m for layer in model.layers for m in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
     ]
-    bound = [buffer for d in dispatches(model) if d.pipeline.label != "embed" for buffer in d.bindings]
-    for part in [*parts, *model.embedding.parts]:
+    bound = [buffer for d in dispatches(runner) if d.pipeline.label != "embed" for buffer in d.bindings]
+    for part in (part for matrix in (*matrices, model.head) for part in matrix.parts):
         assert bound.count(part.quants) == bound.count(part.scales) == 1
+
+
+def test_a_prompt_and_a_batch_share_their_memory(runner: Runner) -> None:
+    """Steps of other kinds take the same scratch memory, since one runs at a time."""
+    before = runner.scratch_bytes
+    lease = runner.begin([1], 0)
+    runner.finish_programs(lease, 1, Draw(Options(), 0))
+    assert runner.scratch_bytes == before
+    runner.set_rows([Row(lease, 1, Draw(Options(), 0))])
+    runner.step_programs()
+    assert runner.scratch_bytes == before
+    lease.end("it was counted")

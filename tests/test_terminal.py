@@ -1,4 +1,4 @@
-"""`gemma-wgpu chat`, in a terminal of its own and in a pipe."""
+"""`gemma-wgpu chat` in a terminal of its own and in a pipe."""
 
 import json
 import os
@@ -8,22 +8,29 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pexpect
+import pexpect  # type: ignore[import-untyped]
 import pytest
 
-from gemma_wgpu.apps.terminal import _split
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu import load
+from gemma_wgpu.apps.conversation import Conversation
+from gemma_wgpu.apps.terminal import Chat, _split
+from gemma_wgpu.engine.request import Request
+from gemma_wgpu.errors import DeviceError
+from gemma_wgpu.models.gemma3 import Gemma3Config
+from gemma_wgpu.options import RANGES, Options
 from tests.tiny import END_OF_TURN, HF, scripted_weights, token, write_folder
+
+pytestmark = pytest.mark.slow
 
 COMMAND = str(Path(sys.executable).with_name("gemma-wgpu"))
 PROMPT = "tokens lef"  # at the right of the prompt; the last letter comes apart, at the edge
-# What the terminal is told about colours, the cursor and the like.
+# These characters tell the terminal about colours, the cursor and the like.
 CONTROL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[()][0-9A-Z]|[=>])|[\r\x07]")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Says " home again" in a chat; where the message ends with "go on", it never stops saying xyz."""
+    """Return a model that says " home again" in a chat."""
     hf = HF | {"max_position_embeddings": 4096}
     reply = [token("\n"), token("▁home"), token("▁again"), END_OF_TURN]
     scripts = scripted_weights(Gemma3Config.from_hf(hf), [reply])
@@ -32,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Never stops."""
+    """Return a model that never stops."""
     hf = HF | {"max_position_embeddings": 1 << 17, "sliding_window_pattern": 100}
     script = [token("\n"), *map(token, "xyzx")]
     return str(
@@ -54,12 +61,12 @@ class Terminal:
         self.wait_for(PROMPT)
 
     def wait_for(self, text: str) -> str:
-        """What is shown until `text` is."""
+        """Return what is shown until `text` is."""
         self._child.expect_exact(text)
         return CONTROL.sub("", self._child.before)
 
     def say(self, line: str) -> str:
-        """What is shown between this line and the next prompt."""
+        """Enter a line; return what is shown until the next prompt."""
         self._child.send(line + "\r")
         return self.wait_for(PROMPT)
 
@@ -94,6 +101,14 @@ def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
     assert re.search(r"temperature +0.7", terminal.say("/set temperature 0.7"))
     assert "it must be a number from 0 to 100" in terminal.say("/set temperature 101")
     assert "there is no setting 'heat'" in terminal.say("/set heat 1")
+    assert "there is no setting 'stop'" in terminal.say("/set stop x")
+    assert "it must be a number" in terminal.say("/set top_p much")
+    assert "it must be a whole number" in terminal.say("/set top_k 0.5")
+    assert re.search(r"seed +5\b", terminal.say("/set seed 5"))
+    listed = terminal.say("/set")
+    for name, value in {"max_new_tokens": "none", "temperature": "0.7", "top_k": "64", "seed": "5"}.items():
+        assert re.search(rf"{name} +{value}", listed)
+    assert re.search(r"seed +none", terminal.say("/set seed none"))
     assert "Saved" in terminal.say(f"/save {tmp_path}/c.json")
     saved = json.loads((tmp_path / "c.json").read_text())
     assert saved["system"] == "Be brief."
@@ -101,11 +116,17 @@ def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
         {"role": "user", "content": "Where do you go?"},
         {"role": "assistant", "content": " home again"},
     ]
+    assert set(saved["settings"]) == set(RANGES)
     assert saved["settings"]["temperature"] == 0.7
     assert "forgotten" in terminal.say("/reset")
     assert "there is nothing to take back" in terminal.say("/undo")
     assert "there is no reply yet" in terminal.say("/regenerate")
+    terminal.say("/set temperature 0.1")
     assert "2 messages" in terminal.say(f"/load {tmp_path}/c.json")
+    assert re.search(r"temperature +0.7", terminal.say("/set"))
+    for settings, message in (({"stop": "x"}, "there is no setting 'stop'"), ({"top_p": 3}, "top_p is 3")):
+        (tmp_path / "wrong.json").write_text(json.dumps(saved | {"settings": settings}))
+        assert message in terminal.say(f"/load {tmp_path}/wrong.json").replace("\n", "")
     assert "cannot be read" in terminal.say(f"/load {tmp_path}/none.json")
     assert "there is no command /dance; /help lists them" in terminal.say("/dance")
     terminal.send("/exit\r")
@@ -113,7 +134,7 @@ def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
 
 
 def test_keys(terminal: Terminal) -> None:
-    """Several lines between quotes, a line that is edited, the history, Ctrl-C at the prompt, and Ctrl-D."""
+    """Type several lines between quotes, a line that is edited, the history, Ctrl-C at the prompt, and Ctrl-D."""
     terminal.send('"""one\r')
     terminal.wait_for("...")
     terminal.send('two"""\r')
@@ -157,7 +178,7 @@ def piped(model: str, text: str, *arguments: str) -> subprocess.CompletedProcess
 
 
 def test_in_a_pipe(model: str, tmp_path: Path) -> None:
-    """The replies alone on the standard output, all else on the other one."""
+    """The replies alone go to the standard output, all else goes to the standard error."""
     (tmp_path / "notes.txt").write_text("some notes\n")
     chat = piped(
         model, f'hello\n"""two\nlines"""\n/nonsense\n/save {tmp_path}/c.json\n', "-f", f"{tmp_path}/notes.txt"
@@ -168,6 +189,31 @@ def test_in_a_pipe(model: str, tmp_path: Path) -> None:
     messages = json.loads((tmp_path / "c.json").read_text())["messages"]
     assert messages[0]["content"] == "notes.txt:\n```\nsome notes\n```\n\nhello"
     assert messages[2]["content"] == "two\nlines"
+
+
+def test_text_that_is_no_utf_8(model: str) -> None:
+    command = [COMMAND, "chat", "--model", model, "--temperature", "0"]
+    chat = subprocess.run(command, input=b"\xff\nhello\n", capture_output=True, timeout=60)
+    assert (chat.returncode, chat.stdout, chat.stderr) == (0, b" home again\n home again\n", b"")
+
+
+def test_a_message_whose_reply_fails_is_taken_back(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the next message can be answered."""
+
+    def fail(*_: object) -> None:
+        raise DeviceError("the GPU is gone")
+
+    with load(model) as gemma:
+        conversation = Conversation()
+        chat = Chat(gemma, conversation, Options(temperature=0), ())
+        with monkeypatch.context() as patch, pytest.raises(DeviceError):
+            patch.setattr(Request, "push", fail)
+            chat._take("hello")
+        assert conversation.turns == []
+        chat._take("hello again")
+    assert capsys.readouterr().out.endswith(" home again\n")
 
 
 def test_options_that_are_wrong(model: str, tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import gemma_wgpu.ops.tuning
+import gemma_wgpu.ops.tuner
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.ops.kernels import Tuning, usual_tuning
-from gemma_wgpu.ops.tuning import candidates, chosen, tuned, variants
+from gemma_wgpu.ops.tuner import candidates, chosen, tuned, variants
+from gemma_wgpu.ops.tuning import Tuning, usual_tuning
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_measured_once(device: Device, cache: Path, monkeypatch: pytest.MonkeyPa
     assert tuning in candidates(device).values()
     assert device.allocated == before
     assert list(json.loads((cache / "tuning.json").read_text()).values()) == [str(tuning)]
-    monkeypatch.setattr(gemma_wgpu.ops.tuning, "_seconds", None)  # would fail if it were called again
+    monkeypatch.setattr(gemma_wgpu.ops.tuner, "_seconds", None)  # would fail if it were called again
     assert device.wait(tuned(device)) == chosen(device) == tuning
 
 
@@ -47,7 +47,7 @@ def test_the_fastest_is_taken(device: Device, cache: Path, monkeypatch: pytest.M
     async def seconds(_: Device, tuning: Tuning) -> float:
         return 1.0 if tuning == fastest else 2.0
 
-    monkeypatch.setattr(gemma_wgpu.ops.tuning, "_seconds", seconds)
+    monkeypatch.setattr(gemma_wgpu.ops.tuner, "_seconds", seconds)
     assert device.wait(tuned(device)) == fastest
 
 
@@ -84,7 +84,7 @@ def test_the_environment_decides(device: Device, monkeypatch: pytest.MonkeyPatch
 
 def test_where_there_is_no_choice(device: Device, cache: Path) -> None:
     plain = SimpleNamespace(info=replace(device.info, type="CPU"), features=frozenset())
-    assert chosen(plain) == Tuning(1, subgroups=False)  # type: ignore[arg-type]
+    assert chosen(plain) == Tuning(1, cpu=False)  # type: ignore[arg-type]
 
 
 def test_kinds_of_gpus(device: Device) -> None:
@@ -92,6 +92,6 @@ def test_kinds_of_gpus(device: Device) -> None:
     assert list(candidates(gpu)) == ["lanes=16", "lanes=4", "lanes=8", "lanes=32"]  # type: ignore[arg-type]
     assert set(candidates(gpu)) < set(variants(device))  # type: ignore[arg-type]  # what a GPU runs can be run here
     cpu = replace(device.info, type="CPU")
-    assert usual_tuning(cpu, frozenset({"subgroups"})) == Tuning(1, subgroups=True)
-    assert usual_tuning(cpu, frozenset()) == Tuning(1, subgroups=False)
-    assert usual_tuning(replace(cpu, backend="WebGPU"), frozenset({"subgroups"})) == Tuning(1, subgroups=False)
+    assert usual_tuning(cpu, frozenset({"subgroups"})) == Tuning(1, cpu=True)
+    assert usual_tuning(cpu, frozenset()) == Tuning(1, cpu=False)
+    assert usual_tuning(replace(cpu, backend="WebGPU"), frozenset({"subgroups"})) == Tuning(1, cpu=False)

@@ -1,8 +1,9 @@
-"""The compact vocabulary, and the one made from tokenizer.json, against `tokenizers` itself."""
+"""Checks the compact vocabulary, and the one made from tokenizer.json, against `tokenizers` itself."""
 
 import json
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +19,8 @@ from gemma_wgpu.tokens.tokenizer import BPETokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
 from tests.vocabulary import random_text, read_vocabulary, rust_ids, rust_tokenizer, small_tokenizer_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rust(demo_gguf: Path) -> tokenizers.Tokenizer:
@@ -26,7 +29,7 @@ def rust(demo_gguf: Path) -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def json_path(rust: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gemma 3's tokenizer.json: test_tokenizer.py shows that the vocabulary makes it."""
+    """Return Gemma 3's tokenizer.json: test_tokenizer.py shows that the vocabulary makes it."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     rust.save(str(path))
     return path
@@ -39,7 +42,7 @@ def ranked(json_path: Path) -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def bpe(ranked: Vocabulary) -> BPETokenizer:
-    """Through the file, as a model folder has it."""
+    """Return the vocabulary as it comes out of the file that a model folder has."""
     return Vocabulary.from_bytes(ranked.to_bytes(), "vocabulary").tokenizer("vocabulary")
 
 
@@ -74,7 +77,7 @@ def test_encodes_every_piece_as_tokenizers_does(
 def test_knows_the_special_ids(bpe: BPETokenizer, rust: tokenizers.Tokenizer) -> None:
     added = rust.get_added_tokens_decoder()
     assert bpe.control_ids == {token for token, entry in added.items() if entry.special}
-    assert (bpe.vocab_size, bpe.bos_id, bpe.eos_ids) == (262144, 2, {1, 106})
+    assert (bpe.vocab_size, bpe.bos_id, bpe.eos_ids) == (262144, 2, frozenset({1, 106}))
     assert bpe.byte_ids == set(range(238, 494))
 
 
@@ -92,7 +95,7 @@ def test_any_vocabulary(pieces: list[str], seed: int) -> None:
     assert restored.types.tolist() == types.tolist()
 
 
-# A small one of the same making, to damage.
+# A small tokenizer.json, which is made in the same way, is damaged.
 
 
 def read(folder: Path, content: object) -> Vocabulary:
@@ -109,7 +112,7 @@ def test_small(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
 
 
 def test_merges_as_one_text(tmp_path: Path) -> None:
-    """As older versions of `tokenizers` write them."""
+    """Older versions of `tokenizers` write them so."""
     content = small_tokenizer_json()
     expected = read(tmp_path, content)
     content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
@@ -122,7 +125,7 @@ def part(content: dict[str, Any]) -> None:
     content["model"]["merges"] = parted + [merge for merge in merges if merge not in parted]
 
 
-FOREIGN = {
+FOREIGN: dict[str, Callable[[dict[str, Any]], object]] = {
     "a merge less": lambda content: content["model"]["merges"].pop(),
     "a merge twice": lambda content: content["model"]["merges"].__setitem__(1, content["model"]["merges"][0]),
     "merges of one piece apart": part,
@@ -139,7 +142,7 @@ FOREIGN = {
 def test_foreign_tokenizer_json(change: str, tmp_path: Path) -> None:
     content = small_tokenizer_json()
     FOREIGN[change](content)
-    with pytest.raises(ModelError, match=r"tokenizer\.json: does not split text as Gemma 3's"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json: it does not split text as Gemma 3's"):
         read(tmp_path, content)
 
 
@@ -156,7 +159,7 @@ DAMAGED: dict[str, Any] = {
 def test_damaged_tokenizer_json(change: str, tmp_path: Path) -> None:
     content = small_tokenizer_json()
     DAMAGED[change](content)
-    with pytest.raises(ModelError, match=r"tokenizer\.json: damaged tokenizer\.json \("):
+    with pytest.raises(ModelError, match=r"tokenizer\.json: the file is damaged \("):
         read(tmp_path, content)
 
 
@@ -166,12 +169,12 @@ def test_missing_and_unparsable_tokenizer_json(tmp_path: Path) -> None:
         Vocabulary.from_tokenizer_json(path)
     for content in (b"", b'{"model"', b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(content)
-        with pytest.raises(ModelError, match=r"tokenizer\.json: damaged tokenizer\.json \("):
+        with pytest.raises(ModelError, match=r"tokenizer\.json: the file is damaged \("):
             Vocabulary.from_tokenizer_json(path)
 
 
 def file() -> bytes:
-    return Vocabulary(["one", "zwei", "trois"], np.float32([0, -1, -2]), np.array([1, 3, 4])).to_bytes()
+    return Vocabulary(["one", "zwei", "trois"], np.array([0, -1, -2], np.float32), np.array([1, 3, 4])).to_bytes()
 
 
 def test_every_cut_is_noticed() -> None:
@@ -193,12 +196,12 @@ def test_every_flipped_bit_is_noticed() -> None:
 
 def test_a_newer_version() -> None:
     whole = file()
-    with pytest.raises(ModelError, match=r"of format version 2, this gemma-wgpu reads 1; upgrade it"):
+    with pytest.raises(ModelError, match=r"the vocabulary has format 2, and this gemma-wgpu reads 1; upgrade it"):
         Vocabulary.from_bytes(whole[:4] + struct.pack("<I", 2) + whole[8:], "vocabulary")
 
 
 def test_a_stream_that_goes_on() -> None:
     whole = file()
     body = zlib.decompress(whole[16:]) + b"more"
-    with pytest.raises(ModelError, match="damaged vocabulary"):
+    with pytest.raises(ModelError, match="the vocabulary is damaged"):
         Vocabulary.from_bytes(whole[:16] + zlib.compress(body), "vocabulary")

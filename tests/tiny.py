@@ -10,10 +10,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.weights.checkpoint import EMBEDDING, matrix_shapes, norm_shapes
-from gemma_wgpu.weights.gguf import gguf_name
+from gemma_wgpu.models.gemma3 import Gemma3Config
 from tests.checkpoints import Raw, blocks, gguf_metadata, gguf_tensors, write_gguf, write_hf
+from tests.table import EMBEDDING, gguf_name, matrix_shapes, norm_shapes
 from tests.vocabulary import CONTROL, Vocabulary, tokenizer_json
 
 Weights = dict[str, NDArray[np.float32]]
@@ -98,9 +97,9 @@ def scripted_weights(config: Gemma3Config, scripts: Sequence[Sequence[int]]) -> 
     return weights
 
 
-def write_folder(folder: Path, hf: Mapping[str, object], weights: Weights) -> Path:
-    """A Hugging Face model folder in float32."""
-    stored = {name: ("float32", values - (values.ndim == 1)) for name, values in weights.items()}
+def write_folder(folder: Path, hf: Mapping[str, object], weights: Weights, *, plus_one: bool = True) -> Path:
+    """A Hugging Face model folder in float32; `plus_one` says that it has norms less 1."""
+    stored = {name: ("float32", values - (plus_one and values.ndim == 1)) for name, values in weights.items()}
     write_hf(folder, hf, {name: (kind, values.astype(np.float32)) for name, (kind, values) in stored.items()})
     vocabulary = Vocabulary(PIECES, -np.arange(len(PIECES), dtype=np.float32), np.array(TYPES, np.int32))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary)))
@@ -109,11 +108,22 @@ def write_folder(folder: Path, hf: Mapping[str, object], weights: Weights) -> Pa
 
 def metadata(config: Gemma3Config) -> dict[str, object]:
     """The metadata of a GGUF whose last layer alone is global."""
-    return gguf_metadata(config) | {
-        "gemma3.attention.sliding_window_pattern": config.num_hidden_layers,
-        "gemma3.rope.freq_base_swa": config.rope_local_base_freq,
-        "gemma3.rope.scaling.type": "linear",
-        "gemma3.rope.scaling.factor": config.rope_scaling_factor,
+    return (
+        gguf_metadata(config)
+        | {
+            "gemma3.attention.sliding_window_pattern": config.num_hidden_layers,
+            "gemma3.rope.freq_base_swa": config.rope_local_base_freq,
+            "gemma3.rope.scaling.type": "linear",
+            "gemma3.rope.scaling.factor": config.rope_scaling_factor,
+        }
+        | metadata_of_tokens()
+    )
+
+
+def metadata_of_tokens() -> dict[str, object]:
+    """The vocabulary in a GGUF's metadata."""
+    return {
+        "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": PIECES,
         "tokenizer.ggml.scores": [-float(score) for score in range(len(PIECES))],
         "tokenizer.ggml.token_type": TYPES,

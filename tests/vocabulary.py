@@ -1,6 +1,7 @@
 """Gemma 3's tokenizer.json made again from the vocabulary in a GGUF file, and text to try tokenizers on."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -26,7 +27,7 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 class Vocabulary(NamedTuple):
-    """What a GGUF file says of each id."""
+    """The pieces, the scores and the types of all ids that a GGUF file has."""
 
     pieces: list[str]
     scores: NDArray[np.float32]
@@ -35,13 +36,13 @@ class Vocabulary(NamedTuple):
 
 @cache
 def read_vocabulary(path: Path) -> Vocabulary:
-    metadata = GGUFCheckpoint(path).metadata
+    metadata: dict[str, Any] = dict(GGUFCheckpoint(path).metadata)
     return Vocabulary(*(metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type")))
 
 
 @cache
 def rust_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """`tokenizers` itself on the vocabulary of the GGUF file at `path`."""
+    """Return `tokenizers` itself on the vocabulary of the GGUF file at `path`."""
     return tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(read_vocabulary(path))))
 
 
@@ -52,10 +53,10 @@ def rust_ids(rust: tokenizers.Tokenizer, text: str, control: bool = True) -> lis
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The tokenizer.json that Hugging Face's conversion makes.
+    """Return the tokenizer.json that Hugging Face's conversion makes.
 
-    Its merges are every split of a piece into two pieces, sorted by score, left length and right length, the
-    highest first.
+    Its merges are all splits of a piece into two pieces, sorted by score, left length and right length, the highest
+    first.
     """
     pieces = [
         piece.replace(" ", "▁") if kind == USER_DEFINED else piece
@@ -123,7 +124,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def small_tokenizer_json() -> dict[str, Any]:
-    """One of the same making with a dozen pieces."""
+    """Return a tokenizer.json that is made in the same way, with a dozen pieces."""
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<b>", "▁▁", "▁", "a", "b", "ab", "aba", "ba", "▁a"]
     pieces += [f"<0x{byte:02X}>" for byte in range(256)]
     types = np.array([CONTROL] * 4 + [USER_DEFINED] * 2 + [1] * 7 + [6] * 256, np.int32)
@@ -131,7 +132,7 @@ def small_tokenizer_json() -> dict[str, Any]:
 
 
 def golden() -> dict[str, Any]:
-    """What was recorded from Gemma 3's own tokenizer.json; see data/record_tokens.py."""
+    """Return what data/record_tokens.py has recorded from Gemma 3's own tokenizer.json."""
     loaded: dict[str, Any] = json.loads(Path(__file__).with_name("data").joinpath("tokens.json").read_text())
     return loaded
 
@@ -185,7 +186,7 @@ _NEAR = [
 
 
 def random_text(rng: Random, pieces: list[str], control: bool = True) -> str:
-    """Text of up to thirty parts of many kinds; `control`: with control tokens among them."""
+    """Return a text of up to thirty snippets of many kinds; if `control` is true, some are control tokens."""
 
     def script() -> str:
         low, high = rng.choice(_SCRIPTS)
@@ -196,7 +197,7 @@ def random_text(rng: Random, pieces: list[str], control: bool = True) -> str:
             rng.choice(" \t\n\r▁\u00a0") * rng.choice([1, 2, 3, 31, 32, 70]) for _ in range(rng.randint(1, 3))
         )
 
-    kinds = [
+    kinds: list[Callable[[], str]] = [
         lambda: rng.choice(pieces).replace("▁", " "),
         lambda: rng.choice(pieces).replace("▁", " ")[::-1],
         lambda: " " + rng.choice(pieces).strip("▁"),

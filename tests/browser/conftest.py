@@ -17,8 +17,8 @@ from zipfile import ZipFile
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
-from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import convert
+from gemma_wgpu.weights.opening import open_checkpoint
 from tests.host import Host
 from tests.reference import random_1b
 

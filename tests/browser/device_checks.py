@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 
 import gemma_wgpu
 from gemma_wgpu.errors import DeviceError
-from gemma_wgpu.gpu import device as seam
 from gemma_wgpu.gpu import open_device
 from gemma_wgpu.gpu.device import Buffer, Device, Dispatch
 
@@ -116,6 +117,32 @@ async def reads_and_writes_are_ordered_with_submits(device: Device) -> None:
     third = device.read(buffer)
     seen = [(await reading).view(np.uint32).tolist() for reading in (third, second, first)]
     assert seen == [[15, 16, 17, 18], [11, 12, 13, 14], [1, 2, 3, 4]]
+
+
+async def a_copy_is_ordered_with_submits_and_writes(device: Device) -> None:
+    source, target = device.upload(numbers(1, 2, 3, 4), "source"), device.upload(numbers(9, 9, 9, 9), "target")
+    device.submit([device.record([adding(device, source, 10, 4)])])
+    device.copy(source, target, 8, source_offset=4, target_offset=8)
+    device.write(source, numbers(0, 0, 0, 0))
+    device.submit([device.record([adding(device, target, 100)])])
+    assert await words(device, target) == [109, 9, 12, 13]
+    for offsets in ((4, 0), (0, 4)):
+        with raises("'(source|target)'"):
+            device.copy(source, target, 16, *offsets)
+
+
+async def a_read_may_be_awaited_by_many(device: Device) -> None:
+    async def get() -> list[int]:
+        return [int(word) for word in (await reading).view(np.uint32)]
+
+    reading = device.read(device.upload(numbers(1, 2, 3, 4), "row"))
+    cancelled = asyncio.ensure_future(get())
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    first, second = await asyncio.gather(get(), get())
+    assert first == second == [1, 2, 3, 4]
+    assert cancelled.cancelled()
+    assert await get() == [1, 2, 3, 4]
 
 
 async def a_shader_that_does_not_compile_is_named(device: Device) -> None:
@@ -264,6 +291,8 @@ CHECKS = [
     bytes_past_the_end_are_an_error,
     dispatches_and_programs_run_in_order,
     reads_and_writes_are_ordered_with_submits,
+    a_copy_is_ordered_with_submits_and_writes,
+    a_read_may_be_awaited_by_many,
     a_shader_that_does_not_compile_is_named,
     an_invalid_dispatch_is_an_error_of_the_next_read,
     a_failure_that_nobody_awaits_does_no_harm,
@@ -279,14 +308,12 @@ CHECKS = [
 
 async def run(name: str) -> None:
     """One of CHECKS, with the shaders of SOURCES."""
-    load_shader = seam.load_shader
-    seam.load_shader = lambda name, **_: SOURCES[name]  # type: ignore[assignment]
     device = await open_device()
     try:
-        await next(check for check in CHECKS if check.__name__ == name)(device)
+        with patch("gemma_wgpu.gpu.device.load_shader", lambda name, **_: SOURCES[name]):
+            await next(check for check in CHECKS if check.__name__ == name)(device)
     finally:
         device.close()
-        seam.load_shader = load_shader
 
 
 def cannot_block() -> None:

@@ -1,4 +1,4 @@
-"""What the tests call inside the browser, where there is neither pytest nor anything but numpy."""
+"""The tests call these functions inside the browser, which has neither pytest nor any package but numpy."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _devices: list[Device] = []
 
 
 async def shared_device() -> Device:
-    """The device that the checks of the kernels share."""
+    """Return the device that the checks of the kernels share."""
     if not _devices:
         _devices.append(await open_device())
     return _devices[0]
 
 
 def cases(kernel: str) -> list[Any]:
-    """A kernel's cases without float16, which the software adapter lacks; those that only have it, in float32."""
+    """Return a kernel's cases in float32, since the software adapter lacks float16."""
     return list(dict.fromkeys(replace(case, half=False) for case in KERNELS[kernel].CASES))
 
 
 async def check_kernel(kernel: str, case: int) -> None:
-    """As test_kernel does natively."""
+    """Do what test_kernel does natively."""
     device = await shared_device()
     before = device.allocated
     await KERNELS[kernel].check(device, cases(kernel)[case])
@@ -38,22 +38,26 @@ async def check_kernel(kernel: str, case: int) -> None:
 
 
 async def load(url: str) -> str:
-    """What comes of loading a model: a JSON object of error, warnings and progress."""
+    """Load a model; return a JSON object of the error, the warnings, and the progress as pairs (done, total)."""
     progress: list[tuple[int, int]] = []
     error = None
+
+    def told(step: gemma_wgpu.Progress) -> None:
+        progress.append((step.done, step.total))
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            (await gemma_wgpu.load_async(url, progress=lambda *call: progress.append(call))).close()
+            (await gemma_wgpu.load_async(url, progress=told)).close()
         except gemma_wgpu.ModelError as raised:
             error = str(raised)
     return json.dumps({"error": error, "warnings": [str(w.message) for w in caught], "progress": progress})
 
 
 async def cancelled(url: str) -> None:
-    """Begin to load a model, give up when nothing comes any more, and wait until that is done with."""
+    """Begin to load a model, cancel that when nothing comes any more, and wait until it has ended."""
     came: list[int] = []
-    loading = asyncio.ensure_future(gemma_wgpu.load_async(url, progress=lambda done, _: came.append(done)))
+    loading = asyncio.ensure_future(gemma_wgpu.load_async(url, progress=lambda step: came.append(step.done)))
     seen = -1
     while not came or seen != len(came):
         seen = len(came)
@@ -65,7 +69,7 @@ async def cancelled(url: str) -> None:
 
 
 async def generate(url: str, prompt: list[int], options: list[dict[str, Any]]) -> str:
-    """The ids of a Generation for each of `options`, as JSON."""
+    """Return the ids of a Generation for each of `options`, as JSON."""
     ids = []
     with await gemma_wgpu.load_async(url) as gemma:
         for chosen in options:
@@ -77,7 +81,7 @@ async def generate(url: str, prompt: list[int], options: list[dict[str, Any]]) -
 
 
 async def generate_blocking(url: str, prompt: list[int], options: list[dict[str, Any]]) -> str:
-    """`generate`, through the blocking interface alone."""
+    """Do what `generate` does, through the blocking interface alone."""
     ids = []
     with gemma_wgpu.load(url) as gemma:
         for chosen in options:
@@ -89,7 +93,7 @@ async def generate_blocking(url: str, prompt: list[int], options: list[dict[str,
 
 
 async def generate_after_a_loss(url: str, prompt: list[int], options: list[dict[str, Any]]) -> str:
-    """`generate`, after a device that is lost in the middle of a text."""
+    """Do what `generate` does, after a device was lost in the middle of a text."""
     gemma = await gemma_wgpu.load_async(url)
     generation = gemma.generate(prompt, temperature=0.0)
     try:
@@ -106,24 +110,23 @@ async def generate_after_a_loss(url: str, prompt: list[int], options: list[dict[
 
 
 async def benchmark(url: str, shapes: list[dict[str, int]]) -> str:
-    """A Report, as JSON."""
+    """Return a Report as JSON."""
     with await gemma_wgpu.load_async(url) as gemma:
         report = await bench(gemma, [Shape(**shape) for shape in shapes], repetitions=1)
     return report.to_json()
 
 
 async def generate_demo(url: str, prompt: str, tokens: int) -> str:
-    """The ids of a greedy text, and by how many bytes Python's memory has grown for it, as JSON."""
+    """Return the ids of a greedy text, and by how many bytes Python's memory has grown for it, as JSON."""
     before = heap()
     with await gemma_wgpu.load_async(url) as gemma:
         generation = gemma.generate(prompt, max_new_tokens=tokens, temperature=0.0)
-        async for _ in generation:
-            pass
+        await generation
     return json.dumps({"ids": generation.ids, "growth": heap() - before})
 
 
 def heap() -> int:
-    """Bytes of Python's memory."""
+    """Return the bytes of Python's memory."""
     import pyodide_js
 
     size: int = pyodide_js._module.HEAPU8.length

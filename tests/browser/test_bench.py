@@ -1,4 +1,4 @@
-"""The benchmark in the browser: as natively, on the same tokens."""
+"""The benchmark runs in the browser as it does natively, on the same tokens."""
 
 from __future__ import annotations
 

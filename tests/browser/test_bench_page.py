@@ -1,4 +1,4 @@
-"""The benchmark page, as the site has it: run, cancelled, exported and looked at. One page serves all tests."""
+"""The benchmark page, as the site has it, is run, cancelled, exported and looked at. One page serves all tests."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from gemma_wgpu.bench.run import Report, Shape
 from gemma_wgpu.weights.folder import FolderCheckpoint
 from tests.browser.conftest import SCREENSHOTS, SUB_PATH, complaints_of
 
-STARTED = 60_000  # milliseconds: patience with Pyodide on a slow machine
-PATIENCE = 200_000  # and with a run
-# Of buffers that nobody has destroyed, on devices that nobody has: counted apart from what Python counts.
+STARTED = 60_000  # milliseconds that Pyodide may take on a slow machine
+PATIENCE = 200_000  # milliseconds that a run may take
+# This counts the bytes of buffers that nobody has destroyed, on devices that nobody has. Python counts on its own.
 COUNT_BYTES = """() => {
     const held = new Map();
     const { createBuffer, destroy } = GPUDevice.prototype;
@@ -56,7 +56,7 @@ CANCEL_AT = """what => {
 
 
 class Bench:
-    """The page, open."""
+    """The page, which is open."""
 
     def __init__(self, page: Page, address: str) -> None:
         self.page, self.address = page, address
@@ -70,7 +70,7 @@ class Bench:
         return worker
 
     def fill(self, **settings: str) -> None:
-        """The form, with shapes in full and one repetition."""
+        """Fill in the form, with no shape chosen and one repetition unless `settings` say otherwise."""
         for box in self.page.locator("input[name=shape]").all():
             box.uncheck()
         for name, value in ({"repetitions": "1", "context": "", "depths": "0"} | settings).items():
@@ -80,7 +80,7 @@ class Bench:
         self.page.locator("#settings").get_by_role("button", name="Run").click()
 
     def wait(self) -> str:
-        """Until nothing is under way; what there is to complain of."""
+        """Wait until nothing is under way; return what the page complains of."""
         self.page.locator("#running").wait_for(state="hidden")
         return self.page.locator("#trouble").inner_text()
 
@@ -93,7 +93,7 @@ class Bench:
         reports.nth(count).wait_for()
 
     def save(self, button: str) -> str:
-        """What is saved."""
+        """Press a button; return the file that it saves."""
         with self.page.expect_download() as download:
             self.page.get_by_role("button", name=button).click()
         return download.value.path().read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ class Bench:
         self.page.locator("#import").set_input_files(path)
 
     def remove(self, report: int) -> None:
-        """The last one, by its number from 1."""
+        """Remove the report of this number, which begins at 1 and must be the last one."""
         last = self.page.locator("#reports details").nth(report - 1)
         last.locator("summary").click()
         last.get_by_role("button", name="Remove").click()
@@ -135,20 +135,20 @@ def bench(browser: Browser, built: Path, origin: str, small_model: Path) -> Iter
 
 
 def corrupt(models: Path) -> None:
-    """Another demo, one byte of whose last norm is wrong: 2^64 times a weight."""
+    """Add another demo, one byte of whose last norm is wrong, so that a weight is 2^64 times as large."""
     shutil.copytree(models / "demo", models / "corrupt", copy_function=os.link)
     manifest = FolderCheckpoint(models / "demo").manifest
     [part] = next(tensor for tensor in manifest.tensors if tensor.name == "model.norm.weight").parts
     shard = models / "corrupt" / manifest.shards[part.shard].name
     data = bytearray(shard.read_bytes())
     data[part.quants[0] + 3] ^= 0x20
-    shard.unlink()  # which the demo has too
+    shard.unlink()  # since the demo has the same file
     shard.write_bytes(data)
 
 
 @pytest.fixture(scope="module")
 def measured(bench: Bench) -> str:
-    """The report of the demo model, as it was saved."""
+    """Return the report of the demo model, as it was saved."""
     bench.run(model="../models/demo", shapes="pp8+tg3", context="64")
     return bench.save("Save as JSON")
 
@@ -245,7 +245,7 @@ def test_what_is_saved_can_be_opened(bench: Bench, measured: str, tmp_path: Path
     assert bench.card == card
     two.write_text(json.dumps(content | {"results": []}))
     bench.open(two)
-    bench.page.get_by_text("two.json: a report whose runs do not fit").wait_for()
+    bench.page.get_by_text("two.json: the runs of this report do not fit").wait_for()
     assert bench.card == card
 
 
@@ -289,7 +289,7 @@ def test_with_the_keyboard(bench: Bench) -> None:
 
 @contextmanager
 def no_hash_check(worker: Worker) -> Iterator[None]:
-    """The worker believes that whatever comes is what the demo's manifest says."""
+    """Let the worker believe that whatever comes is what the demo's manifest says."""
     worker.evaluate(
         """() => {
             self.digest = crypto.subtle.digest;
@@ -336,7 +336,7 @@ def test_it_can_be_cancelled_at_any_time(bench: Bench, measured: str) -> None:
     bench.page.context.route("**/models/slow/weights-*", lambda route: None)  # no answer, ever
     cancel("loading the model", model="../models/slow")
     bench.page.context.unroute_all(behavior="ignoreErrors")
-    # Within what is measured, tests/test_bench.py cancels at every step.
+    # tests/test_bench.py cancels at every step of what is measured.
     for what in ("loading it again", "run to warm up", "timing kernels", "timing the host"):
         bench.page.locator("[name=cold]").set_checked(what == "loading it again")
         cancel(what)
@@ -353,7 +353,7 @@ def test_a_folder_of_ones_own(bench: Bench, measured: str, small_model: Path) ->
 
 def test_what_cannot_be_measured(bench: Bench) -> None:
     for settings, message in (
-        ({"model": "x"}, "x: not the address of a model folder"),
+        ({"model": "x"}, "x: this is not the address of a model folder"),
         ({"shapes": "pp"}, "'pp' is not a shape"),
         ({"shapes": ""}, "no shape to time"),
         ({"depths": "deep"}, "'deep' is not a list of depths"),
@@ -372,6 +372,6 @@ def test_a_peer_that_is_not_there(bench: Bench, kind: str) -> None:
     for field in fields:
         field.fill("../nowhere.js")
     bench.start()
-    assert re.fullmatch(rf"{kind} cannot be had: .*/nowhere\.js", bench.wait())
+    assert re.fullmatch(rf"{kind} cannot be loaded: .*/nowhere\.js", bench.wait())
     for field in fields:
         field.fill("")

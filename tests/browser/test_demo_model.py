@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import gemma_wgpu
-from gemma_wgpu.weights.checkpoint import open_checkpoint
 from gemma_wgpu.weights.convert import convert
+from gemma_wgpu.weights.opening import open_checkpoint
 from tests.browser.conftest import Chromium
 from tests.host import Host
 

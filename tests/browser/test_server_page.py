@@ -6,24 +6,24 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Request, expect
 
-from gemma_wgpu.models.config import Gemma3Config
+from gemma_wgpu.models.gemma3 import Gemma3Config
 from tests.browser.conftest import complaints_of
 from tests.test_server import ENDLESS, command
 from tests.tiny import END_OF_TURN, HF, scripted_weights, token, write_folder
 
-expect.set_options(timeout=30_000)  # a machine that is busy fails nobody
+expect.set_options(timeout=30_000)  # a busy machine is to fail no test
 WIDTHS = {"phone": 360, "desktop": 1280}
 
 
 @pytest.fixture(autouse=True)
 def no_complaints() -> None:
-    """Of the page with Pyodide, which has no part in this."""
+    """Replace the fixture for the page with Pyodide, which is not used here."""
 
 
 def write(folder: Path, hf: dict[str, object], *scripts: list[int]) -> str:
@@ -32,7 +32,7 @@ def write(folder: Path, hf: dict[str, object], *scripts: list[int]) -> str:
 
 @pytest.fixture(scope="module")
 def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a model is that answers " home again"."""
+    """Yield the address of a model that answers " home again"."""
     reply = [*map(token, ("\n", "▁home", "▁again")), END_OF_TURN]
     with command("--model", write(tmp_path_factory.mktemp("brief"), HF, reply), "--name", "brief") as (_, url):
         yield url
@@ -40,7 +40,7 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a model is that answers "xyzxyz..."; it wants a key."""
+    """Yield the address of a model that answers "xyzxyz..."; it wants a key."""
     folder = write(tmp_path_factory.mktemp("endless"), ENDLESS, [*map(token, "xyzx")], [*map(token, "\nx")])
     with command("--model", folder, "--context-length", "30000", "--api-key", "k") as (_, url):
         yield url
@@ -49,7 +49,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(params=WIDTHS)
 def page(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
     width, phone = WIDTHS[request.param], request.param == "phone"
-    scheme = "dark" if phone else "light"
+    scheme: Literal["dark", "light"] = "dark" if phone else "light"
     page = browser.new_context(
         viewport={"width": width, "height": 640}, color_scheme=scheme, has_touch=phone, is_mobile=phone
     ).new_page()
@@ -69,7 +69,7 @@ def assert_accessible(page: Page) -> None:
 
 
 def asked(page: Page) -> list[list[dict[str, str]]]:
-    """The messages of each request that the page will make."""
+    """Return a list that gets the messages of each request which the page makes from now on."""
     found: list[Any] = []
 
     def note(request: Request) -> None:
@@ -104,7 +104,7 @@ def test_a_chat(page: Page, brief: str) -> None:
 @pytest.mark.parametrize("how", ["button", "key"])
 def test_stop(page: Page, endless: str, how: str) -> None:
     page.goto(endless)
-    expect(page.get_by_role("listitem")).to_have_text([re.compile("key")])  # is needed
+    expect(page.get_by_role("listitem")).to_have_text([re.compile("key")])  # it says that a key is needed
     page.get_by_label("API key").fill("k")
     page.get_by_label("API key").press("Enter")
     expect(page.get_by_label("API key")).to_be_hidden()
@@ -115,7 +115,7 @@ def test_stop(page: Page, endless: str, how: str) -> None:
     else:
         page.keyboard.press("Escape")
     expect(page.get_by_text("Stopped.").last).to_be_visible()
-    ask(page, "so")  # the place was freed
+    ask(page, "so")  # there is room again
     expect(page.locator(".assistant").last).to_have_text(re.compile("^xyzxyz"))
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
@@ -127,7 +127,7 @@ def test_stop(page: Page, endless: str, how: str) -> None:
 
 
 def test_the_enter_key(page: Page, brief: str, request: pytest.FixtureRequest) -> None:
-    """Sends; on a phone, where there is no other way to it, it begins a line."""
+    """It sends the message. On a phone, which has no other key for that, it begins a line."""
     page.goto(brief)
     expect(page.get_by_role("heading")).to_have_text("brief")
     page.get_by_label("Message").fill("so")
@@ -142,7 +142,7 @@ def test_the_enter_key(page: Page, brief: str, request: pytest.FixtureRequest) -
 
 
 def test_a_conversation_that_outgrows_the_context(page: Page, brief: str) -> None:
-    """128 tokens of it. The oldest messages go, by the count of the answer before; the instructions stay."""
+    """The context has 128 tokens. The oldest messages go, by the count in the answer before; instructions stay."""
     requests = asked(page)
     page.goto(brief)
     page.get_by_text("Instructions").click()

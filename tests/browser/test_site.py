@@ -6,6 +6,7 @@ import ast
 import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page
@@ -114,9 +115,12 @@ def test_chat(opened: Callable[[str], Notebook]) -> None:
     chat.get_by_role("button", name="Stop").click()
     assert notebook.run("await asyncio.wait([answering])\nprint(answering.cancelled())") == "True\n"
 
+    def started(cell: int) -> bool:
+        return notebook.output(cell) != ""
+
     for way in ("for", "async for"):
         cell = notebook.add(f"text = gemma.generate('One, two', seed=1)\n{way} piece in text: print(piece, end='')")
-        until(lambda cell=cell: notebook.output(cell) != "", notebook.page)
+        until(partial(started, cell), notebook.page)
         notebook.page.get_by_title("Interrupt the kernel").click()
         notebook.wait_for(cell)
         assert "KeyboardInterrupt" in notebook.output(cell)

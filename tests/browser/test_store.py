@@ -1,4 +1,4 @@
-"""Model folders by their address: what comes over the network, what is kept in the browser, and what can go wrong."""
+"""Loads model folders by their address: some of it comes over the network, some is kept, and much can go wrong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOW = "delete navigator.storage.getDirectory; delete globalThis.caches"
 
 @pytest.fixture
 def url(host: Host, request: pytest.FixtureRequest) -> str:
-    """An address for this test alone, of which nothing can be kept yet."""
+    """Return an address for this test alone, from which nothing can be kept yet."""
     return f"{host.address}/models/{re.sub('[^a-z_]', '-', request.node.name)}"
 
 
@@ -51,27 +51,27 @@ def loads(chromium: Chromium, url: str, where: str = "worker") -> None:
 
 
 def fails(chromium: Chromium, url: str, message: str) -> None:
-    """In one line."""
+    """The error is one line."""
     error = load(chromium, url)["error"]
     assert error is not None
     assert re.fullmatch(message, error)
 
 
 def broken(after: int) -> Reply:
-    """A connection that breaks when so many bytes are on the way, and the browser has had time to read them."""
+    """Break the connection when so many bytes are on the way, and the browser has had time to read them."""
     return drop(after, linger=0.5)
 
 
 def asked(host: Host) -> list[str]:
-    """The files that were asked for since the last call."""
+    """Return the files that were asked for since the last call."""
     return [name for name, _ in host.asked()]
 
 
 def files(chromium: Chromium, url: str) -> dict[str, int]:
-    """What is kept of a model: names and sizes."""
+    """Return the names and the sizes of a model's files that are kept."""
     code = (
         "import json\n"
-        "from gemma_wgpu.gpu import browser_store as module\n"
+        "from gemma_wgpu.fetch import browser_store as module\n"
         f"json.dumps((await module._models(await module._open_store())).get({url!r}, ('', {{}}))[1])"
     )
     found: dict[str, int] = json.loads(chromium.run(code))
@@ -84,7 +84,7 @@ def whole_sizes(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def network_errors(chromium: Chromium) -> Iterator[None]:
-    """The browser logs requests that fail, as they do here."""
+    """Ignore that the browser logs requests that fail, as they do here."""
     yield
     chromium.complaints[:] = [
         complaint
@@ -95,7 +95,7 @@ def network_errors(chromium: Chromium) -> Iterator[None]:
 
 @contextmanager
 def without(chromium: Chromium, *hide: str) -> Iterator[None]:
-    """The worker, without some of the browser's storage."""
+    """Hide some of the browser's storage from the worker."""
 
     def run(script: str) -> None:
         chromium.run(f"from pyodide.code import run_js\nrun_js({script!r})\nNone")
@@ -136,7 +136,7 @@ def test_without_jspi(chromium: Chromium, url: str) -> None:
 
 
 def test_addresses_relative_to_the_page(chromium: Chromium, site: Path, small_model: Path) -> None:
-    """And to the worker, which is beside it."""
+    """They are relative to the worker too, which is beside the page."""
     (site / SUB_PATH / "models").symlink_to(small_model.parent)
     for where in ("page", "worker"):
         for name in ("./models/model", "../project/models/model/", f"/{SUB_PATH}/models/model/manifest.json"):
@@ -150,7 +150,7 @@ def test_addresses_relative_to_the_page(chromium: Chromium, site: Path, small_mo
 
 
 def test_a_hugging_face_id(chromium: Chromium, host: Host, shards: list[str], small_model: Path) -> None:
-    """Of a repository with a model folder."""
+    """The repository has a model folder."""
     headers = {"Access-Control-Allow-Origin": "*"}
     origin = "https://huggingface.co"
     chromium.origins.append(origin)
@@ -213,7 +213,7 @@ def test_a_damaged_shard_in_the_browser(chromium: Chromium, host: Host, url: str
     loads(chromium, url)
     asked(host)
     chromium.run(
-        "from gemma_wgpu.gpu import browser_store as module\n"
+        "from gemma_wgpu.fetch import browser_store as module\n"
         "store = await module._open_store()\n"
         f"home, _ = (await module._models(store))[{url!r}]\n"
         f"data = await store.read(home, {shards[1]!r})\n"
@@ -287,8 +287,8 @@ def test_no_model_folder(chromium: Chromium, host: Host, url: str) -> None:
             f"{host.address}/x/manifest.json: the server answers 404 Not Found; check the address, .*",
         )
     for body, message in (
-        (b"<html>", "not the manifest of a model folder; give the address of a folder that has one"),
-        (b'{"format": 99}', "a model folder of format version 99, this gemma-wgpu reads 1; upgrade it"),
+        (b"<html>", "this is not the manifest of a model folder; give the address of a folder that has one"),
+        (b'{"format": 99}', "the model folder has format 99, and this gemma-wgpu reads 1; upgrade it"),
     ):
         host.replies["manifest.json"] = [answer(200, body)]
         fails(chromium, url, f"{url}/manifest.json: {message}")

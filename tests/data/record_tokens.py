@@ -207,13 +207,13 @@ CHATS = [
 
 
 def canonical(value: object) -> str:
-    """The SHA-256 of `value` as compact JSON in UTF-8."""
+    """Return the SHA-256 of `value` as compact JSON in UTF-8."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
-    """What a tokenizer.json says of its first `size` ids: small parts as they are, large ones hashed."""
+    """Return what a tokenizer.json says of its first `size` ids: small items as they are, large ones hashed."""
     model = dict(tokenizer["model"])
     pieces = {token: piece for piece, token in model.pop("vocab").items()}
     merges = model.pop("merges")

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.ops.kernels import Attention
+from gemma_wgpu.ops.kernels import AttentionShape
+from gemma_wgpu.ops.kv_cache import Ring
 from tests.kernels.bench import F16, F16_SMALLEST, F32, UNTOUCHED, Bench, close, normalize, same
 from tests.kernels.heads import EPS, POISON, attend, reach, rope_table, rotate, shape_of
 
@@ -47,7 +48,7 @@ CASES = (
 async def check(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.capacity)
     window = case.capacity - case.spare
-    shape = shape_of(case.heads, case.kv_heads, case.head_dim, window, case.capacity)
+    shape = shape_of(case.heads, case.kv_heads, case.head_dim, window)
     norms = (rng.uniform(0.5, 1.5, (2, case.head_dim)) * [[case.gain], [1]]).astype(np.float32)
     steps = [case.positions] if case.together else [(position,) for position in case.positions]
     with Bench(device, half=case.half) as bench:
@@ -57,20 +58,22 @@ async def check(device: Device, case: Case) -> None:
         )
         for positions in steps:
             count = len(positions)
-            places = rng.permutation(count + 1)[:count] if case.together else [0]
-            cache_shape = max(places) + 1, case.capacity, case.kv_heads, case.head_dim
+            # Rings lie one after the other in any order, with rows of nobody before, between and after them.
+            places: list[int] = rng.permutation(count + 1)[:count].tolist() if case.together else [0]
+            rings = [Ring(3 + place * (case.capacity + 2), case.capacity) for place in places]
+            cache_shape = 3 + (max(places) + 1) * (case.capacity + 2), case.kv_heads, case.head_dim
             out_shape = count, case.splits, case.heads, case.head_dim
             caches = np.full((2, *cache_shape), POISON, bench.half)
-            for position, place in zip(positions, places, strict=True):
-                slots = np.arange(max(0, position + 1 - window), position) % case.capacity
-                caches[:, place, slots] = rng.standard_normal((2, len(slots), *cache_shape[2:]))
+            for position, ring in zip(positions, rings, strict=True):
+                rows = ring.start + np.arange(max(0, position + 1 - window), position) % case.capacity
+                caches[:, rows] = rng.standard_normal((2, len(rows), *cache_shape[1:]))
             key_cache, value_cache = (bench.put(cache, bench.half) for cache in caches)
             qkv = rng.standard_normal((count, case.heads + 2 * case.kv_heads, case.head_dim)).astype(np.float32)
             out, stats = bench.blank(*out_shape), bench.blank(*out_shape[:-1], 2)
             bench.run(
                 bench.kernels.attention_decode(
                     shape,
-                    bench.states(positions, places),
+                    bench.states(positions, places, rings=rings),
                     bench.put(qkv),
                     norms_buffer,
                     rope,
@@ -87,16 +90,19 @@ async def check(device: Device, case: Case) -> None:
             )
             actual = await bench.get(out, *out_shape)
             shares = await bench.get(stats, *out_shape[:-1], 2)
-            for row, (position, place) in enumerate(zip(positions, places, strict=True)):
-                rings = caches[:, place], after[:, place]
-                _check_row(case, shape, position, norms, qkv[row], *rings, actual[row], shares[row])
-            unused = np.setdiff1d(np.arange(cache_shape[0]), places)
-            same("caches of others", after[:, unused], caches[:, unused])
+            unused = np.ones(cache_shape[0], np.bool_)
+            for row, (position, ring) in enumerate(zip(positions, rings, strict=True)):
+                own = slice(ring.start, ring.start + ring.capacity)
+                unused[own] = False
+                _check_row(
+                    case, shape, position, norms, qkv[row], caches[:, own], after[:, own], actual[row], shares[row]
+                )
+            same("rows of nobody", after[:, unused], caches[:, unused])
 
 
 def _check_row(
     case: Case,
-    shape: Attention,
+    shape: AttentionShape,
     position: int,
     norms: NDArray[np.float32],
     qkv: NDArray[np.float32],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.ops.kv_cache import Ring
 from tests.kernels.bench import F16, F16_SMALLEST, UNTOUCHED, Bench, close, same
 from tests.kernels.heads import POISON, attend, shape_of
 
@@ -21,7 +22,7 @@ class Case:
     chunks: tuple[tuple[int, int], ...]  # of position and count
     half: bool
     gain: float = 1.0  # of the queries: large ones make the softmax sharp
-    subgroups: bool = True  # where the device has them
+    cpu: bool = True  # the variants for CPU adapters, if this is one
 
 
 _CASES = (
@@ -36,38 +37,45 @@ _CASES = (
     Case(4, 2, 32, 20, 64, ((0, 21), (19, 2), (130, 30)), half=False),  # a window shorter than the ring
     Case(8, 4, 64, 33, 33, ((32, 1), (33, 65)), half=True, gain=30.0),
 )
-CASES = tuple(replace(case, subgroups=subgroups) for case in _CASES for subgroups in (True, False))
+CASES = tuple(replace(case, cpu=cpu) for case in _CASES for cpu in (True, False))
 MAX_COUNT = 100
 
 
 async def check(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.window)
-    shape = shape_of(case.heads, case.kv_heads, case.head_dim, case.window, case.capacity)
-    with Bench(device, half=case.half, subgroups=case.subgroups) as bench:
+    shape, ring = shape_of(case.heads, case.kv_heads, case.head_dim, case.window), Ring(5, case.capacity)
+    with Bench(device, half=case.half, cpu=case.cpu) as bench:
         for position, count in case.chunks:
             length = position + count
             k, v = rng.standard_normal((2, length, case.kv_heads, case.head_dim)).astype(bench.half)
             q = rng.standard_normal((MAX_COUNT, case.heads, case.head_dim)) * shape.scale * case.gain
             q = q.astype(bench.half)
-            buffers = [bench.put(q, bench.half)]
+            queries, rows = bench.put(q, bench.half), []
             for history in (k, v):
                 chunk = np.full((MAX_COUNT, case.kv_heads, case.head_dim), POISON)
                 chunk[:count] = history[position:]
-                buffers.append(bench.put(chunk, bench.half))
+                rows.append(bench.put(chunk, bench.half))
             for history in (k, v):
-                cache = np.full((case.capacity, case.kv_heads, case.head_dim), POISON)
+                cache = np.full((ring.start + case.capacity + 3, case.kv_heads, case.head_dim), POISON)
                 # The first that a query sees: what lies before it, in the ring or not, is not to be read.
                 for j in range(max(0, position + 1 - case.window), position):
-                    cache[j % case.capacity] = history[j]
-                buffers.append(bench.put(cache, bench.half))
+                    cache[ring.start + j % case.capacity] = history[j]
+                rows.append(bench.put(cache, bench.half))
             out = bench.blank(MAX_COUNT, case.heads, case.head_dim, dtype=bench.half)
-            state = bench.state(position, count)
-            bench.run(bench.kernels.attention_prefill(shape, state, *buffers, out, max_count=MAX_COUNT))
+            state = bench.state(position, count, ring)
+            keys, values, key_cache, value_cache = rows
+            bench.run(
+                bench.kernels.attention_prefill(
+                    shape, state, queries, keys, values, key_cache, value_cache, out, max_count=MAX_COUNT
+                )
+            )
             actual = await bench.get(out, MAX_COUNT, case.heads, case.head_dim, dtype=bench.half)
 
             query, key = np.arange(position, length)[:, None], np.arange(length)
             visible = (key <= query) & (key > query - case.window)
-            exact, tolerance, _ = attend(*(a.astype(np.float64) for a in (q[:count], k, v)), visible)
+            exact, tolerance, _ = attend(
+                q[:count].astype(np.float64), k.astype(np.float64), v.astype(np.float64), visible
+            )
             stored = F16 * np.abs(exact) + F16_SMALLEST if case.half else 0.0
             close(f"out from position {position}, {count} tokens", actual[:count], exact, tolerance + stored)
             same("rows outside", actual[count:], UNTOUCHED)

@@ -12,12 +12,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from gemma_wgpu.gpu.device import Buffer, Device, Dispatch
-from gemma_wgpu.ops.kernels import Kernels, Tuning, usual_tuning
-from gemma_wgpu.ops.layout import Layout, Packed, pack_halves
-from gemma_wgpu.weights.upload import Part
+from gemma_wgpu.gpu.device import Buffer, Device
+from gemma_wgpu.ops.kernels import Kernels
+from gemma_wgpu.ops.kv_cache import Ring, ring_words
+from gemma_wgpu.ops.launch import Launch, record
+from gemma_wgpu.ops.layout import Layout
+from gemma_wgpu.ops.linear import Part
+from gemma_wgpu.ops.tuning import Tuning, usual_tuning
+from gemma_wgpu.weights.packed import Packed, pack_halves
 
 Floats = NDArray[np.float64]
+
+ANYWHERE = Ring(0, 1 << 20)  # for kernels that look into no cache
 
 # Fills what a kernel is to write, and so stays where it is to write nothing. Float16 holds it exactly.
 UNTOUCHED = -12344.0
@@ -35,10 +41,10 @@ F16_SMALLEST = 2.0**-24
 class Bench:
     """Buffers of one check, freed at its end, and the kernels that run on them."""
 
-    def __init__(self, device: Device, *, half: bool, lanes: int | None = None, subgroups: bool = True) -> None:
+    def __init__(self, device: Device, *, half: bool, lanes: int | None = None, cpu: bool = True) -> None:
         usual = usual_tuning(device.info, device.features)
         lanes = lanes or usual.lanes
-        tuning = Tuning(lanes, subgroups=usual.subgroups and subgroups and lanes == 1)
+        tuning = Tuning(lanes, cpu=usual.cpu and cpu and lanes == 1)
         self.kernels = Kernels(device, half=half, tuning=tuning)
         self.half = np.float16 if half else np.float32
         self._device = device
@@ -50,6 +56,7 @@ class Bench:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.kernels.close()
         for buffer in self._buffers:
             buffer.destroy()
 
@@ -71,20 +78,30 @@ class Bench:
         """A buffer for results, UNTOUCHED so far."""
         return self.put(np.full(shape, UNTOUCHED), dtype)
 
-    def state(self, position: int, count: int = 1, first: int = 0) -> Buffer:
+    def state(self, position: int, count: int = 1, ring: Ring = ANYWHERE) -> Buffer:
         """The struct State of state.wgsl."""
-        return self.put([position, count, first, 0, 0], np.uint32)
+        return self.states([position], [0], count, [ring])
 
-    def states(self, positions: Sequence[int], slots: Sequence[int], count: int = 1) -> Buffer:
-        """The struct State of state.wgsl, of several sequences."""
-        return self.put([[p, count, 0, slot, 0] for p, slot in zip(positions, slots, strict=True)], np.uint32)
+    def states(
+        self,
+        positions: Sequence[int] | NDArray[np.int64],
+        slots: Sequence[int] | NDArray[np.int64],
+        count: int = 1,
+        rings: Sequence[Ring] | None = None,
+    ) -> Buffer:
+        """The struct State of state.wgsl, of several sequences; `rings` are those with a window, rings[0]."""
+        words = [
+            [position, count, slot, 0, *ring_words((ring, ANYWHERE))]
+            for position, slot, ring in zip(positions, slots, rings or [ANYWHERE] * len(positions), strict=True)
+        ]
+        return self.put(words, np.uint32)
 
     def part(self, packed: Packed, first_row: int = 0) -> Part:
         quants, scales = self.put(packed.quants, np.uint32), self.put(packed.scales, np.uint32)
         return Part(packed.layout, first_row, packed.rows, packed.cols, quants, scales)
 
-    def run(self, *dispatches: Dispatch) -> None:
-        self._device.submit([self._device.record(dispatches)])
+    def run(self, *launches: Launch) -> None:
+        self._device.submit([record(self._device, launches)])
 
     async def get(self, buffer: Buffer, *shape: int, dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """The first elements of a buffer."""

@@ -5,33 +5,33 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.engine.sampling import Sampling
+from gemma_wgpu.options import Options
 from tests.kernels.bench import Floats
 
 # float32 has the noise to 1e-4 where a uniform number near 1 makes it small, and WGSL's log is good to 2^-21 of 1.
 NOISE = 2e-3
 
 
-def temper(logits: NDArray[np.float32], seen: NDArray[np.bool_], sampling: Sampling) -> Floats:
+def temper(logits: NDArray[np.float32], seen: NDArray[np.bool_], options: Options) -> Floats:
     """Hugging Face's RepetitionPenaltyLogitsProcessor, then its TemperatureLogitsWarper."""
     tempered = logits.astype(np.float64)
-    penalty = sampling.repetition_penalty
+    penalty = options.repetition_penalty
     tempered[seen] = np.where(tempered < 0, tempered * penalty, tempered / penalty)[seen]
-    return tempered / (sampling.temperature or 1.0)
+    return tempered / (options.temperature or 1.0)
 
 
-def allowed(tempered: Floats, sampling: Sampling) -> NDArray[np.bool_]:
+def allowed(tempered: Floats, options: Options) -> NDArray[np.bool_]:
     """Hugging Face's TopKLogitsWarper, TopPLogitsWarper and MinPLogitsWarper, except that ties stay together."""
     kept = np.ones(len(tempered), np.bool_)
-    if 0 < sampling.top_k < len(tempered):
-        kept &= tempered >= np.sort(tempered)[-sampling.top_k]
+    if 0 < options.top_k < len(tempered):
+        kept &= tempered >= np.sort(tempered)[-options.top_k]
     probabilities = np.where(kept, np.exp(tempered - tempered.max()), 0)
     probabilities /= probabilities.sum()
-    if sampling.top_p < 1:
+    if options.top_p < 1:
         descending = np.sort(probabilities)[::-1]
         before = np.cumsum(descending) - descending  # the probability of those above
-        kept &= probabilities >= descending[before < sampling.top_p][-1]
-    return kept & (probabilities >= sampling.min_p * probabilities.max())
+        kept &= probabilities >= descending[before < options.top_p][-1]
+    return kept & (probabilities >= options.min_p * probabilities.max())
 
 
 def _hash(word: NDArray[np.uint32]) -> NDArray[np.uint32]:

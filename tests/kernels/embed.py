@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,14 +43,14 @@ async def check(device: Device, case: Case) -> None:
         residual = bench.blank(count + 2, case.cols)
         part = bench.part(packed, case.first_row)
         if case.together:
-            places, positions = rng.permutation(count + 1)[:count], rng.integers(0, 9, count)
-            rows = np.full((count + 1, 9), case.rows)
-            rows[places, positions] = case.tokens
-            state, tokens = bench.states(positions, places), bench.put(rows, np.uint32)
-            several = {"sequences": count, "context": 9}
+            slots, positions = rng.permutation(count + 1)[:count], rng.integers(0, 9, count)
+            last = np.full(count + 1, case.rows)
+            last[slots] = case.tokens
+            state, tokens = bench.states(positions, slots), bench.put(last, np.uint32)
+            several: dict[str, Any] = {"sequences": count, "by_slot": True}
         else:
             state = bench.state(position, count)
-            tokens = bench.put([case.rows] * position + list(case.tokens) + [0], np.uint32)
+            tokens = bench.put([*case.tokens, 0], np.uint32)
             several = {"max_count": count + 2}
         bench.run(bench.kernels.embed(part, state, tokens, residual, scale=case.scale, **several))
         actual = await bench.get(residual, count + 2, case.cols)

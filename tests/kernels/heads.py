@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.ops.kernels import Attention
+from gemma_wgpu.ops.kernels import AttentionShape
 from tests.kernels.bench import F32_SUM, Floats
 
 EPS = 1e-6
@@ -14,8 +14,8 @@ EPS = 1e-6
 POISON = 256.0
 
 
-def shape_of(heads: int, kv_heads: int, head_dim: int, window: int, capacity: int) -> Attention:
-    return Attention(heads, kv_heads, head_dim, head_dim**-0.5, EPS, window, capacity)
+def shape_of(heads: int, kv_heads: int, head_dim: int, window: int) -> AttentionShape:
+    return AttentionShape(heads, kv_heads, head_dim, head_dim**-0.5, EPS, window, ring=0)
 
 
 def _angles(positions: NDArray[np.int64], head_dim: int, theta: float) -> Floats:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma_wgpu.engine.sampling import Sampling
+from gemma_wgpu.engine.runner import Draw
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.ops.kernels import VOCABULARY_PART
+from gemma_wgpu.options import Options
 from tests.kernels.bench import F32, F32_SUM, Bench, close, same
 from tests.kernels.drawing import NOISE, bits, gumbel, temper
 
@@ -32,12 +33,11 @@ CASES = (
 
 async def check(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.vocab)
-    sampling = Sampling(
-        temperature=case.temperature, repetition_penalty=case.repetition_penalty, seed=0xFEDCBA98, top_k=0, top_p=1.0
-    )
+    options = Options(temperature=case.temperature, repetition_penalty=case.repetition_penalty)
+    draw = Draw(options, 0xFEDCBA98)
     logits = (rng.standard_normal(case.vocab) * 10).astype(np.float32)
     if case.temperature == 0:
-        logits = np.round(logits / 4) * 4  # many are equal
+        logits = (np.round(logits / 4) * 4).astype(np.float32)  # many are equal
     seen = rng.random(case.vocab) < 0.2
     position, parts = 77, -(-case.vocab // VOCABULARY_PART)
     with Bench(device, half=case.half) as bench:
@@ -46,21 +46,22 @@ async def check(device: Device, case: Case) -> None:
         bench.run(
             bench.kernels.logits_scan(
                 bench.state(position, case.count),
-                bench.put(sampling.words(), np.uint32),
+                bench.put(draw.words(), np.uint32),
                 bench.put(bits(seen), np.uint32),
                 logits_buffer,
                 summaries,
                 vocab=case.vocab,
+                stride=case.vocab,
             )
         )
         actual = await bench.get(logits_buffer, case.vocab)
         summed = await bench.get(summaries, parts, 4)
 
-    tempered = temper(logits, seen, sampling)
+    tempered = temper(logits, seen, options)
     close("logits", actual, tempered, F32 * np.abs(tempered))
     noisy = actual.astype(np.float64)
     if case.temperature > 0:
-        noisy += gumbel(sampling.seed or 0, position + case.count, case.vocab)
+        noisy += gumbel(draw.seed, position + case.count, case.vocab)
     highest, total, chosen = summed[:, :3].T
     token = summed.view(np.uint32)[:, 3]
     for part in range(parts):

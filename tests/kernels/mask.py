@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma_wgpu.engine.sampling import Sampling
+from gemma_wgpu.engine.runner import Draw
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.ops.kernels import VOCABULARY_PART
+from gemma_wgpu.ops.launch import record
+from gemma_wgpu.options import Options
 from tests.kernels.bench import Bench, same
 from tests.kernels.drawing import NOISE, allowed, bits, gumbel, temper
 
@@ -78,38 +80,43 @@ async def _check_draws(device: Device, case: Case) -> None:
     logits = (rng.standard_normal(case.vocab) * 5).astype(np.float32)
     logits[left] -= 20 * (case.left > 0)  # what is left is the unlikely
     seen = rng.random(case.vocab) < 0.5
-    sampling = Sampling(
-        case.temperature, case.top_k, case.top_p, case.min_p, case.repetition_penalty, seed=0x12345678
+    options = Options(
+        temperature=case.temperature,
+        top_k=case.top_k,
+        top_p=case.top_p,
+        min_p=case.min_p,
+        repetition_penalty=case.repetition_penalty,
     )
     chosen = []
     with Bench(device, half=case.half) as bench:
         kernels, vocab = bench.kernels, case.vocab
         logits_buffer, mask = bench.put(logits), bench.put(bits(left), np.uint32)
-        program = device.record([kernels.mask(mask, logits_buffer, vocab=vocab)])
+        program = record(device, [kernels.mask(mask, logits_buffer, vocab=vocab, stride=vocab)])
         device.submit([program])
         masked = await bench.get(logits_buffer, vocab)
 
-        state, words = bench.state(0), bench.put(sampling.words(), np.uint32)
-        seen_buffer, tokens = bench.put(bits(seen), np.uint32), bench.put(np.zeros(case.draws + 1), np.uint32)
-        summaries = bench.blank(-(-vocab // VOCABULARY_PART), 4)
-        draw = device.record(
+        state, words = bench.state(0), bench.put(Draw(options, 0x12345678).words(), np.uint32)
+        seen_buffer, tokens = bench.put(bits(seen), np.uint32), bench.put([0], np.uint32)
+        summaries, shape = bench.blank(-(-vocab // VOCABULARY_PART), 4), {"vocab": vocab, "stride": vocab}
+        draw = record(
+            device,
             (
-                kernels.logits_scan(state, words, seen_buffer, logits_buffer, summaries, vocab=vocab),
-                kernels.sample(state, words, logits_buffer, summaries, tokens, seen_buffer, vocab=vocab),
-            )
+                kernels.logits_scan(state, words, seen_buffer, logits_buffer, summaries, **shape),
+                kernels.sample(state, words, logits_buffer, summaries, tokens, seen_buffer, **shape),
+            ),
         )
         for position in range(1, case.draws + 1):
             bench.write(state, np.array([position - 1, 1, 0], np.uint32))
             bench.write(seen_buffer, bits(seen))
             bench.write(logits_buffer, logits)
             device.submit([program, draw])
-        chosen = (await bench.get(tokens, case.draws + 1, dtype=np.uint32))[1:]
+            chosen.append(int((await bench.get(tokens, 1, dtype=np.uint32))[0]))
 
     same("logits that are left", masked[left], logits[left])
     same("logits that are masked", masked[~left], np.float32(-1e32))
-    of_left = temper(logits[left], seen[left], sampling)
+    of_left = temper(logits[left], seen[left], options)
     ids = np.flatnonzero(left)
-    kept = allowed(of_left, sampling)
+    kept = allowed(of_left, options)
     for position, token in enumerate(chosen, 1):
         assert token < vocab, f"token {token} of {vocab}"
         assert left[token], f"token {token} is masked"

@@ -23,7 +23,7 @@ class Case:
     half: bool = False
     first_row: int = 0
     scale: float = 1.0
-    subgroups: bool = True  # where the device has them
+    cpu: bool = True  # the variants for CPU adapters, if this is one
 
 
 _CASES = (
@@ -33,7 +33,7 @@ _CASES = (
     Case(Layout.INT4_OFFSET, 64, 1152, (31,), 32, scale=4.0),
     Case(Layout.INT8_SUPER, 66, 6912, (5,), 33, first_row=2, scale=16.0),
 )
-CASES = tuple(replace(case, subgroups=subgroups) for case in _CASES for subgroups in (True, False))
+CASES = tuple(replace(case, cpu=cpu) for case in _CASES for cpu in (True, False))
 
 
 async def check(device: Device, case: Case) -> None:
@@ -46,7 +46,7 @@ async def check(device: Device, case: Case) -> None:
     q = rng.integers(-127, 128, (*blocks, 32), np.int8)
     d = rng.uniform(0.001, 0.1, blocks).astype(np.float32)
     factors = np.stack((d, d * q.sum(axis=2, dtype=np.int64).astype(np.float32)), axis=2)
-    with Bench(device, half=case.half, subgroups=case.subgroups) as bench:
+    with Bench(device, half=case.half, cpu=case.cpu) as bench:
         q_buffer, factors_buffer, part = bench.put(q, np.int8), bench.put(factors), bench.part(packed, case.first_row)
         results = []
         for count in case.counts:

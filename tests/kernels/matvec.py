@@ -19,7 +19,7 @@ class Case:
     lanes: int
     first_row: int = 0
     half: bool = False
-    subgroups: bool = True  # where the device has them
+    cpu: bool = True  # the variants for CPU adapters, if this is one
 
 
 CASES = (
@@ -29,7 +29,7 @@ CASES = (
     Case(Layout.INT4, 65, 1152, 16, first_row=128),
     Case(Layout.INT4_SUPER, 129, 6912, 1, first_row=2),
     Case(Layout.INT8_SUPER, 33, 6912, 16),
-    Case(Layout.INT8_SUPER, 34, 1280, 1, subgroups=False),
+    Case(Layout.INT8_SUPER, 34, 1280, 1, cpu=False),
     Case(Layout.INT4, 262144, 640, 1),
     Case(Layout.INT8, 262146, 32, 16, first_row=6),  # more workgroups than a dimension of the grid may have
 )
@@ -40,7 +40,7 @@ async def check(device: Device, case: Case) -> None:
     period, packed = repeated_packed(rng, case.layout, case.rows, case.cols)
     x = rng.standard_normal(case.cols, np.float32)
     end = case.first_row + case.rows
-    with Bench(device, half=case.half, lanes=case.lanes, subgroups=case.subgroups) as bench:
+    with Bench(device, half=case.half, lanes=case.lanes, cpu=case.cpu) as bench:
         y = bench.blank(end + 5)
         bench.run(bench.kernels.matvec(bench.part(packed, case.first_row), bench.put(x), y))
         actual = await bench.get(y, end + 5)

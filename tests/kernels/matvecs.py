@@ -20,7 +20,7 @@ class Case:
     count: int
     first_row: int = 0
     half: bool = False
-    subgroups: bool = False  # where the device has them
+    cpu: bool = False  # the variants for CPU adapters, if this is one
 
 
 CASES = (
@@ -29,7 +29,7 @@ CASES = (
     Case(Layout.INT8, 7, 96, 16, 1),  # fewer blocks than lanes; scales that begin in the middle of a word
     Case(Layout.INT4, 65, 1152, 16, 13, first_row=128),
     Case(Layout.INT8_SUPER, 33, 6912, 16, 9),
-    Case(Layout.INT4_SUPER, 33, 1280, 1, 5, half=True, subgroups=True),
+    Case(Layout.INT4_SUPER, 33, 1280, 1, 5, half=True, cpu=True),
     Case(Layout.INT8, 262146, 32, 16, 2, first_row=6),  # more workgroups than a dimension of the grid may have
 )
 
@@ -39,7 +39,7 @@ async def check(device: Device, case: Case) -> None:
     period, packed = repeated_packed(rng, case.layout, case.rows, case.cols)
     most, end = case.count + 2, case.first_row + case.rows
     x = rng.standard_normal((most, case.cols), np.float32)
-    with Bench(device, half=case.half, lanes=case.lanes, subgroups=case.subgroups) as bench:
+    with Bench(device, half=case.half, lanes=case.lanes, cpu=case.cpu) as bench:
         y = bench.blank(most, end + 5)
         part, state = bench.part(packed, case.first_row), bench.state(0, case.count)
         bench.run(bench.kernels.matvecs(part, state, bench.put(x), y, stride=end + 5, max_count=most))

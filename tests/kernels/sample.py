@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.engine.sampling import Sampling
+from gemma_wgpu.engine.runner import Draw
 from gemma_wgpu.gpu.device import Device
-from gemma_wgpu.ops.kernels import VOCABULARY_PART
+from gemma_wgpu.ops.kernels import STATE_WORDS, VOCABULARY_PART
+from gemma_wgpu.ops.launch import record
+from gemma_wgpu.options import Options
 from tests.kernels.bench import Bench, Floats, same
 from tests.kernels.drawing import NOISE, allowed, bits, gumbel, temper
 
@@ -94,47 +96,44 @@ async def check(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.vocab + case.draws)
     logits, seen = _logits(rng, case), rng.random(case.vocab) < 0.1
     parts = -(-case.vocab // VOCABULARY_PART)
-    options = _options(case)
+    options = Options(**_options(case))
     draws = [(i + 1, 41) if case.by_seed else (0x89ABCDEF, i + 2) for i in range(case.draws)]  # seed, position
-    context = 1 + max(position for _, position in draws)
     chosen = []
     with Bench(device, half=case.half) as bench:
         logits_buffer, summaries = bench.blank(case.vocab), bench.blank(parts, 4)
         state, sampling = bench.state(0), bench.put(np.zeros(6), np.uint32)
-        seen_buffer, tokens = bench.put(bits(seen), np.uint32), bench.put(np.zeros(context), np.uint32)
-        kernels, vocab = bench.kernels, case.vocab
-        program = device.record(
+        seen_buffer, tokens = bench.put(bits(seen), np.uint32), bench.put([0, 77], np.uint32)
+        kernels, shape = bench.kernels, {"vocab": case.vocab, "stride": case.vocab}
+        program = record(
+            device,
             (
-                kernels.logits_scan(state, sampling, seen_buffer, logits_buffer, summaries, vocab=vocab),
-                kernels.sample(state, sampling, logits_buffer, summaries, tokens, seen_buffer, vocab=vocab),
-            )
+                kernels.logits_scan(state, sampling, seen_buffer, logits_buffer, summaries, **shape),
+                kernels.sample(state, sampling, logits_buffer, summaries, tokens, seen_buffer, **shape),
+            ),
         )
         for seed, position in draws:
             count = 1 + position % 2
             bench.write(state, np.array([position - count, count, 0], np.uint32))
-            bench.write(sampling, Sampling(**options, seed=seed).words())
+            bench.write(sampling, Draw(options, seed).words())
             bench.write(seen_buffer, bits(seen))
             bench.write(logits_buffer, logits)
             device.submit([program])
-            chosen.append(int((await device.read(tokens, 4 * position, 4)).view(np.uint32)[0]))
-        after = await bench.get(state, 3, dtype=np.uint32)
+            chosen.append(int((await device.read(tokens, 0, 4)).view(np.uint32)[0]))
+        after = await bench.get(state, 4, dtype=np.uint32)
         seen_after = await bench.get(seen_buffer, *bits(seen).shape, dtype=np.uint32)
-        tokens_after = await bench.get(tokens, context, dtype=np.uint32)
+        tokens_after = await bench.get(tokens, 2, dtype=np.uint32)
 
-    same("state", after, (draws[-1][1], 1, 0))
+    same("state", after, (draws[-1][1], 1, 0, chosen[-1]))
     with_token = seen.copy()
     with_token[chosen[-1]] = True
     assert np.array_equal(seen_after, bits(with_token)), "seen"
-    expected_tokens = np.zeros(context)
-    for (_, position), token in zip(draws, chosen, strict=True):
-        expected_tokens[position] = token
-    same("tokens", tokens_after, expected_tokens)
+    same("tokens", tokens_after, (chosen[-1], 77))
 
-    tempered = temper(logits, seen, Sampling(**options, seed=0))
+    tempered = temper(logits, seen, options)
     if case.temperature == 0:
         same("the likeliest token, the lowest of equals", np.array(chosen), np.argmax(tempered))
         return
-    kept = allowed(tempered, Sampling(**options, seed=0))
+    kept = allowed(tempered, options)
     _check_draws(tempered, kept, draws, chosen)
     if case.draws >= 1000:
         _check_frequencies(tempered, kept, chosen)
@@ -146,43 +145,43 @@ def _options(case: Case) -> dict[str, Any]:
 
 async def _check_together(device: Device, case: Case) -> None:
     rng = np.random.default_rng(case.draws)
-    count, parts, context, stride = case.draws, -(-case.vocab // VOCABULARY_PART), 50, case.vocab + 37
+    count, parts, stride = case.draws, -(-case.vocab // VOCABULARY_PART), case.vocab + 37
     logits = np.stack([np.pad(_logits(rng, case), (0, stride - case.vocab)) for _ in range(count)])
     seen = rng.random((count + 2, stride)) < 0.1
     seen_words = np.stack([bits(row) for row in seen])
-    slots, positions = rng.permutation(count + 2)[:count], rng.integers(0, context - 1, count)
-    samplings = [
-        Sampling(**(_options(case) if i % 2 else {"top_k": 0, "top_p": 1.0}), seed=i * 0x12345) for i in range(count)
+    slots, positions = rng.permutation(count + 2)[:count], rng.integers(0, 49, count)
+    draws = [
+        Draw(Options(**(_options(case) if i % 2 else {"top_k": 0, "top_p": 1.0})), i * 0x12345) for i in range(count)
     ]
     with Bench(device, half=case.half) as bench:
-        states, tokens = bench.states(positions, slots), bench.put(np.zeros((count + 2, context)), np.uint32)
-        sampling = bench.put(np.concatenate([each.words() for each in samplings]), np.uint32)
+        states, tokens = bench.states(positions, slots), bench.put(np.zeros(count + 2), np.uint32)
+        sampling = bench.put(np.concatenate([each.words() for each in draws]), np.uint32)
         seen_buffer, logits_buffer = bench.put(seen_words, np.uint32), bench.put(logits)
         summaries = bench.blank(count, parts, 4)
-        several = {"vocab": case.vocab, "sequences": count, "stride": stride}
+        several: dict[str, Any] = {"vocab": case.vocab, "sequences": count, "stride": stride}
         kernels, rest = bench.kernels, (logits_buffer, summaries)
         bench.run(
             kernels.logits_scan(states, sampling, seen_buffer, *rest, **several),
-            kernels.sample(states, sampling, *rest, tokens, seen_buffer, context=context, **several),
+            kernels.sample(states, sampling, *rest, tokens, seen_buffer, **several),
         )
-        after = await bench.get(states, count, 5, dtype=np.uint32)
-        tokens_after = await bench.get(tokens, count + 2, context, dtype=np.uint32)
+        after = await bench.get(states, count, STATE_WORDS, dtype=np.uint32)
+        tokens_after = await bench.get(tokens, count + 2, dtype=np.uint32)
         seen_after = await bench.get(seen_buffer, *seen_words.shape, dtype=np.uint32)
 
-    chosen = after[:, 4]
-    same("states", after, np.stack((positions + 1, np.ones(count), np.zeros(count), slots, chosen), axis=1))
-    expected_tokens, expected_seen = np.zeros((count + 2, context)), seen.copy()
-    expected_tokens[slots, positions + 1] = chosen
+    chosen = after[:, 3]
+    same("states", after[:, :4], np.stack((positions + 1, np.ones(count), slots, chosen), axis=1))
+    expected_tokens, expected_seen = np.zeros(count + 2), seen.copy()
+    expected_tokens[slots] = chosen
     expected_seen[slots, chosen] = True
     same("tokens", tokens_after, expected_tokens)
     assert np.array_equal(seen_after, [bits(row) for row in expected_seen]), "seen"
-    for i, (slot, position, token, of_row) in enumerate(zip(slots, positions, chosen, samplings, strict=True)):
-        tempered = temper(logits[i, : case.vocab], seen[slot, : case.vocab], of_row)
-        if of_row.temperature == 0:
+    for i, (slot, position, token, of_row) in enumerate(zip(slots, positions, chosen, draws, strict=True)):
+        tempered = temper(logits[i, : case.vocab], seen[slot, : case.vocab], of_row.options)
+        if of_row.options.temperature == 0:
             same("the likeliest token, the lowest of equals", np.array([token]), np.argmax(tempered))
         else:
-            draw = (of_row.seed or 0, int(position) + 1)
-            _check_draws(tempered, allowed(tempered, of_row), [draw], [int(token)])
+            draw = (of_row.seed, int(position) + 1)
+            _check_draws(tempered, allowed(tempered, of_row.options), [draw], [int(token)])
 
 
 def _check_draws(tempered: Floats, kept: NDArray[np.bool_], draws: list[tuple[int, int]], chosen: list[int]) -> None:

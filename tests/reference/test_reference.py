@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma_wgpu import Gemma, load
-from gemma_wgpu.weights.checkpoint import open_checkpoint
+from gemma_wgpu.weights.opening import open_checkpoint
 from tests.reference import site_references
 from tests.reference.golden import (
     F16_DIVERGENCE,

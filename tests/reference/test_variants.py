@@ -38,7 +38,7 @@ def model(demo_gguf: Path, request: pytest.FixtureRequest) -> Iterator[Gemma]:
         patch.setenv("GEMMA_WGPU_TUNING", tuning)
         model = load(demo_gguf, precision=precision, activations=activations, context_length=1024)
     with model:
-        assert str(model._model.tuning) == tuning
+        assert str(model.runner.kernels.tuning) == tuning
         yield model
 
 
