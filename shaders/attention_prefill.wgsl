@@ -1,19 +1,28 @@
-// Causal attention of a chunk of tokens over the cache and the chunk itself, softmax(q K^T) V as in flash attention
+// Attention of a chunk of tokens over the cache and the chunk itself, softmax(q K^T) V as in flash attention
 // (arXiv 2205.14135). It goes tile by tile, with an online softmax in f32, and never touches tiles outside the window.
-//     out[i, h] = sum_j softmax_j(q[i, h] . k_j) v_j      over positions p + i - WINDOW < j <= p + i
+//     out[i, h] = sum_j softmax_j(q[i, h] . k_j) v_j      over positions p + i - WINDOW < j <= p + last(i)
+// The last token that token i of the chunk sees is SIGHT's to say: last(i) = i if it is CAUSAL, reach[i] if it is REACH, which
+// must not fall as i rises, and the last one of the chunk if it is ALL.
 // Keys and values before the chunk's first position p come from ring RING of the sequence (state.wgsl), those of the chunk
 // from keys and values, so that a ring of just WINDOW rows suffices.
 //
 // queries half [max count, HEADS, HEAD_DIM], scaled      keys, values half [max count, KV_HEADS, HEAD_DIM]
 // key_cache, value_cache half [rows, KV_HEADS, HEAD_DIM]      out half [max count, HEADS, HEAD_DIM]
-// Grid: x = tiles of QUERIES tokens, y = key/value head. A workgroup of HEAD_DIM / 4 threads takes ROWS = 16 rows, a row
-// being a query head of a token, and goes over the keys in tiles of as many as it has threads. A thread scores one key for
-// all rows, then takes a part of the softmax, then gathers four elements of the output of all rows.
+// reach u32 [max count], read if SIGHT is REACH
+// Grid: x = tiles of QUERIES tokens, y = key/value head. A workgroup of HEAD_DIM / 4 threads, or of more if a subgroup would
+// not be full, takes ROWS = 16 rows, a row being a query head of a token, and goes over the keys in tiles of as many as it has
+// threads. A thread scores one key for all rows, then takes a part of the softmax, then gathers four elements of the output of
+// all rows.
 override HEADS: u32;
 override KV_HEADS: u32;
 override WINDOW: u32;
 override RING: u32;
+override VECTORS: u32;  // HEAD_DIM / 4
 override WORKGROUP_SIZE: u32;
+override SIGHT: u32;
+const CAUSAL = 0u;
+const REACH = 1u;
+const ALL = 2u;
 override GROUP = HEADS / KV_HEADS;
 override QUERIES = 16u / GROUP;
 override TILE_VECTORS = 4u * WORKGROUP_SIZE;
@@ -26,6 +35,7 @@ override TILE_VECTORS = 4u * WORKGROUP_SIZE;
 @group(0) @binding(4) var<storage, read> key_cache: array<vec4<half>>;
 @group(0) @binding(5) var<storage, read> value_cache: array<vec4<half>>;
 @group(0) @binding(6) var<storage, read_write> out: array<vec4<half>>;
+@group(0) @binding(7) var<storage, read> reach: array<u32>;
 
 const LOWEST = -1e30;
 
@@ -34,10 +44,18 @@ var<workgroup> tile: array<vec4<f32>, TILE_VECTORS>;
 var<workgroup> highest_of: array<vec4<f32>, WORKGROUP_SIZE>;
 var<workgroup> shrink_of: array<vec4<f32>, 4>;
 
+// The last token of the chunk that a token of it sees.
+fn last_seen(token: u32) -> u32 {
+    if SIGHT == CAUSAL { return token; }
+    let last = state.count - 1u;
+    if SIGHT == ALL { return last; }
+    return reach[min(token, last)];
+}
+
 // Where row `row` of the tile of queries that begins at token `first` lies in queries and out, in vectors.
 fn row_start(first: u32, kv_head: u32, row: u32) -> u32 {
     let token = min(first + row / GROUP, state.count - 1u);
-    return (token * HEADS + kv_head * GROUP + row % GROUP) * WORKGROUP_SIZE;
+    return (token * HEADS + kv_head * GROUP + row % GROUP) * VECTORS;
 }
 
 // Vector `i` of a row of queries.
@@ -61,12 +79,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, place: Place) {
     let start = state.position;
     let first_query = start + first;
     let first_key = max(first_query + 1u, WINDOW) - WINDOW;
-    let end_key = start + min(first + QUERIES, state.count);
+    let end_key = start + last_seen(min(first + QUERIES, state.count) - 1u) + 1u;
     let ring = state.rings[RING];
     let first_place = first_key % ring.capacity;
 
     let quad = thread % 4u;  // in the softmax: rows 4 quad to 4 quad + 3, keys 4 part to 4 part + 3
     let part = thread / 4u;
+    let vector = min(thread, VECTORS - 1u);
     var highest = vec4(LOWEST);
     var total = vec4(0.0);  // this part's share of the sum
     var gathered: array<vec4<f32>, 16>;
@@ -76,12 +95,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, place: Place) {
         let near = min(position, end_key - 1u);  // beyond, the score is dropped
         let in_chunk = near >= start;
         let row = select(ring_row_after(ring, first_place, near - first_key), near - start, in_chunk) * KV_HEADS + kv_head;
-        for (var i = 0u; i < WORKGROUP_SIZE; i++) {
+        for (var i = 0u; i < VECTORS; i++) {
             var k: vec4<f32>;
             if in_chunk {
-                k = vec4<f32>(keys[row * WORKGROUP_SIZE + i]);
+                k = vec4<f32>(keys[row * VECTORS + i]);
             } else {
-                k = vec4<f32>(key_cache[row * WORKGROUP_SIZE + i]);
+                k = vec4<f32>(key_cache[row * VECTORS + i]);
             }
             let q = query_rows(first, kv_head, i, place);
             scores[0] = add_dot(q[0], k, scores[0]);
@@ -102,8 +121,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, place: Place) {
             scores[15] = add_dot(q[15], k, scores[15]);
         }
         for (var row = 0u; row < 16u; row++) {
-            let at = first_query + row / GROUP;
-            if position > at || position + WINDOW <= at { scores[row] = LOWEST; }
+            let token = first + row / GROUP;
+            if position > start + last_seen(token) || position + WINDOW <= start + token { scores[row] = LOWEST; }
         }
         for (var i = 0u; i < 4u; i++) {
             tile[thread * 4u + i] = vec4(scores[4u * i], scores[4u * i + 1u], scores[4u * i + 2u], scores[4u * i + 3u]);
@@ -133,10 +152,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, place: Place) {
             let key_position = key_tile + i;
             var v: vec4<f32>;
             if key_position >= start {
-                v = vec4<f32>(values[((key_position - start) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
+                v = vec4<f32>(values[((key_position - start) * KV_HEADS + kv_head) * VECTORS + vector]);
             } else {
                 let row = ring_row_after(ring, first_place, key_position - first_key);
-                v = vec4<f32>(value_cache[(row * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
+                v = vec4<f32>(value_cache[(row * KV_HEADS + kv_head) * VECTORS + vector]);
             }
             let weight = key_weights(i, place);
             gathered[0] += weight[0].x * v;
@@ -165,6 +184,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, place: Place) {
         if row >= QUERIES * GROUP || first + row / GROUP >= state.count { break; }
         var sum = 0.0;
         for (var i = row / 4u; i < WORKGROUP_SIZE; i += 4u) { sum += highest_of[i][row % 4u]; }
-        out[row_start(first, kv_head, row) + thread] = vec4<half>(gathered[row] / sum);
+        if thread < VECTORS { out[row_start(first, kv_head, row) + thread] = vec4<half>(gathered[row] / sum); }
     }
 }

@@ -7,7 +7,7 @@
 override SIZE: u32;
 override SCALE: f32;
 #include "state.wgsl"
-#include "gelu.wgsl"
+#include "tanh_gelu.wgsl"
 
 @group(0) @binding(0) var<storage, read> state: State;
 @group(0) @binding(1) var<storage, read> gate_up: array<vec4<f32>>;

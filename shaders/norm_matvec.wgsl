@@ -25,7 +25,7 @@ override LAST_ROW = select(ROWS, 2u * ROWS, GEGLU) - 1u;
 #include "weights.wgsl"
 #include "team.wgsl"
 #include "reduce.wgsl"
-#include "gelu.wgsl"
+#include "tanh_gelu.wgsl"
 
 @group(0) @binding(0) var<storage, read> quants: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read> scales: array<u32>;

@@ -220,7 +220,7 @@ def test_on_the_gpu(written: tuple[Path, dict[str, NDArray[np.float32]]]) -> Non
     with closing(open_device_sync()) as device, open_checkpoint(path) as checkpoint:
 
         async def check() -> None:
-            linear = await Upload(device, checkpoint, lambda _: None).linear(MATRIX, bias=BIAS)
+            linear = await Upload(device, checkpoint, lambda _: None).linear(MATRIX, biases=[BIAS])
             [part] = linear.parts
             assert (linear.rows, linear.cols, part.rows, part.cols) == (INNER, PADDED, INNER, PADDED)
             words = await device.read(part.quants)

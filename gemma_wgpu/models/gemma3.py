@@ -1,4 +1,4 @@
-"""Gemma 3, the language model (Gemma 3 report, arXiv 2503.19786).
+"""Gemma 3, the language model (Gemma 3 report, arXiv 2503.19786); siglip.py has the tower of those that see.
 
 The residual stream is float32 in every precision: it passes the range of float16.
 """
@@ -6,10 +6,11 @@ The residual stream is float32 in every precision: it passes the range of float1
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.models import siglip
 from gemma_wgpu.models.keys import (
     GLOBAL,
     LOCAL,
@@ -21,6 +22,7 @@ from gemma_wgpu.models.keys import (
     pattern,
     text_keys,
 )
+from gemma_wgpu.models.siglip import SiglipConfig
 from gemma_wgpu.models.spec import Family, Kind, LanguageModel, Loader, TensorSpec
 from gemma_wgpu.ops.kv_cache import CacheSpec
 from gemma_wgpu.ops.launch import Value
@@ -47,7 +49,8 @@ class Gemma3Config:
 
     `rope_theta` and `rope_scaling_factor` are of the global layers, whose positions are divided by the factor;
     `rope_local_base_freq` is of the local ones. `sliding_window` counts the query itself. Attention scores are scaled
-    by `query_pre_attn_scalar ** -0.5`.
+    by `query_pre_attn_scalar ** -0.5`. `vision` is the tower that reads images, or None
+    if the model reads text only.
     """
 
     vocab_size: int
@@ -65,6 +68,7 @@ class Gemma3Config:
     max_position_embeddings: int
     query_pre_attn_scalar: float
     layer_types: tuple[str, ...]
+    vision: SiglipConfig | None = None
 
     def is_global(self, layer: int) -> bool:
         """Say whether `layer` (from 0) attends to the whole context, rather than to the sliding window."""
@@ -95,6 +99,7 @@ class Gemma3Config:
             max_position_embeddings=keys.count("max_position_embeddings", 131_072),
             query_pre_attn_scalar=keys.number("query_pre_attn_scalar", 256),
             layer_types=hf_layer_types(keys, layers, _EVERY),
+            vision=SiglipConfig.from_hf(config, source, NAME),
         )
         keys.check_heads(
             ("num_attention_heads", built.num_attention_heads),
@@ -107,10 +112,15 @@ class Gemma3Config:
         """Return a config.json that `from_hf` and transformers read."""
         config: dict[str, object] = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
         config |= asdict(self)
+        del config["vision"]
         config["layer_types"] = list(self.layer_types)
         factor = config.pop("rope_scaling_factor")
         config["rope_scaling"] = None if factor == 1 else {"rope_type": "linear", "factor": factor}
-        return config | {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+        config |= {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+        if self.vision is None:
+            return config
+        outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+        return outer | self.vision.to_hf(config)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], *, source: str = "GGUF") -> Self:
@@ -154,13 +164,14 @@ class Gemma3Config:
     def summary(self) -> dict[str, str]:
         """Return what people want to know of the shape, by name."""
         local = self.layer_types.count(LOCAL)
-        return {
+        shape = {
             "layers": f"{self.num_hidden_layers}, {local} of them with a window of {self.sliding_window}",
             "sizes": f"hidden {self.hidden_size}, intermediate {self.intermediate_size}, "
             f"vocabulary {self.vocab_size:,}",
             "heads": f"{self.num_attention_heads} of {self.head_dim}, {self.num_key_value_heads} for keys and values",
             "context": f"{self.max_position_embeddings:,} tokens",
         }
+        return shape | (self.vision.summary() if self.vision else {})
 
 
 def tensors(config: Gemma3Config) -> list[TensorSpec]:
@@ -195,7 +206,8 @@ def tensors(config: Gemma3Config) -> list[TensorSpec]:
                 ("mlp.down_proj", "ffn_down", (hidden, inner), Kind.MATRIX),
             )
         ]
-    return [*table, TensorSpec(FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM_PLUS_ONE)]
+    table.append(TensorSpec(FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM_PLUS_ONE))
+    return table + siglip.tensors(config.vision, hidden) if config.vision else table
 
 
 @dataclass(frozen=True)
@@ -239,6 +251,8 @@ class Gemma3(LanguageModel):
         model.head = await loader.linear(EMBEDDING)
         model.layers = [await model._load_layer(loader, index) for index in range(config.num_hidden_layers)]
         model.norm = await loader.norm(FINAL_NORM, config.rms_norm_eps)
+        if config.vision:
+            model.vision = await siglip.Siglip.load(config.vision, loader, eps=config.rms_norm_eps)
         return model
 
     layers: list[Layer]
@@ -268,6 +282,7 @@ class Gemma3(LanguageModel):
                 k_norm=await norm("self_attn.k_norm"),
                 rope=self._global_rope if config.is_global(index) else self._local_rope,
                 cache=index,
+                two_way=True,
             ),
             qkv_proj=await linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             o_proj=await linear("self_attn.o_proj"),
@@ -296,17 +311,20 @@ FAMILY = Family(
     tensors=tensors,
     load=Gemma3.load,
     chat=GEMMA3,
-    # A multimodal checkpoint keeps its language model under the first of these, since transformers 5 the second ...
+    # transformers 4 and 5 name the tensors of a multimodal checkpoint in two ways. The first that fits is taken.
     prefixes={
         "language_model.model.": "model.",
         "model.language_model.": "model.",
         "language_model.lm_head.": "lm_head.",
+        "model.multi_modal_projector.": siglip.PROJECTOR,
+        "model.vision_tower.vision_model.": siglip.TOWER,
+        "model.vision_tower.": siglip.TOWER,
+        siglip.TOWER: siglip.TOWER,
+        "vision_tower.": siglip.TOWER,
     },
-    # ... and beside it the vision tower.
-    ignored=(
-        "vision_tower.",
-        "multi_modal_projector.",
-        "model.vision_tower.",
-        "model.multi_modal_projector.",
+    ignored=(siglip.TOWER, siglip.PROJECTOR),
+    text_only=lambda config: replace(config, vision=None),
+    with_projector=lambda config, metadata, source: replace(
+        config, vision=SiglipConfig.from_gguf(metadata, source, NAME)
     ),
 )

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol, Self
 
+import numpy as np
+
+from numpy.typing import NDArray
+
+from gemma_wgpu.ops.encoder import EncoderStep, LayerNorm
 from gemma_wgpu.ops.kv_cache import CacheSpec
+from gemma_wgpu.ops.launch import Operand, Value
 from gemma_wgpu.ops.layout import BLOCK
 from gemma_wgpu.ops.linear import Linear
 from gemma_wgpu.ops.rope import Rope
 from gemma_wgpu.ops.step import Norm, Normed, Step
-from gemma_wgpu.tokens.chat import ChatTemplate
+from gemma_wgpu.tokens.chat import ChatTemplate, ImageTokens
 
 
 class Kind(Enum):
@@ -22,7 +29,9 @@ class Kind(Enum):
     - MATRIX: a weight matrix (rows, cols). EMBEDDING: the table of token embeddings, which is the head too.
     - NORM: what a norm multiplies by. NORM_PLUS_ONE: the same less 1 in Hugging Face's files, and with the 1 in
       GGUF's.
-    - BIAS: what is added to a matrix's product.
+    - BIAS: what is added to a matrix's product. TABLE: vectors, a row each, that are added to others.
+    - CONVOLUTION: the weights of patches that do not overlap, (rows, channels, height, width): a matrix, with a
+      patch's pixels as its columns.
     """
 
     MATRIX = "matrix"
@@ -30,18 +39,22 @@ class Kind(Enum):
     NORM = "norm"
     NORM_PLUS_ONE = "norm plus one"
     BIAS = "bias"
+    TABLE = "table"
+    CONVOLUTION = "convolution"
 
     @property
     def is_matrix(self) -> bool:
-        """Say whether it lies on the GPU in one of the layouts of `ops.layout`; a vector is float32."""
-        return self in (Kind.MATRIX, Kind.EMBEDDING)
+        """Say whether it lies on the GPU in one of the layouts of `ops.layout`; anything else is float32."""
+        return self in (Kind.MATRIX, Kind.EMBEDDING, Kind.CONVOLUTION)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor of a model: what Hugging Face's files and GGUF files call it, its shape, and what it is for.
 
-    `copies` are names under which some files hold the same weights once more.
+    `copies` are names under which some files hold the same weights once more. A `transposed` matrix has its outputs
+    as columns in the files. `tower` says whether it belongs to an encoder of images, rather than to the language
+    model.
     """
 
     name: str
@@ -49,14 +62,21 @@ class TensorSpec:
     shape: tuple[int, ...]
     kind: Kind = Kind.MATRIX
     copies: tuple[str, ...] = ()
+    transposed: bool = False
+    tower: bool = False
+
+    @property
+    def size(self) -> int:
+        """Return the number of weights."""
+        return math.prod(self.shape)
 
     @property
     def stored_shape(self) -> tuple[int, int]:
         """Return (rows, cols) as the GPU has them: a vector is one row, a matrix has whole blocks of columns."""
         if not self.kind.is_matrix:
-            return 1, self.shape[0]
-        rows, cols = self.shape
-        return rows, -(-cols // BLOCK) * BLOCK
+            return self.size // self.shape[-1], self.shape[-1]
+        rows = self.shape[-1 if self.transposed else 0]
+        return rows, -(-self.size // rows // BLOCK) * BLOCK
 
 
 class Config(Protocol):
@@ -85,23 +105,56 @@ class Config(Protocol):
 class Loader(Protocol):
     """Brings weights to the GPU, in the order in which it is asked for them: that of the family's table."""
 
-    async def linear(self, *names: str, bias: str | None = None) -> Linear:
-        """Load matrices, stacked row upon row, by their names in the table."""
+    async def linear(self, *names: str, biases: Sequence[str] = ()) -> Linear:
+        """Load matrices, stacked row upon row, by their names in the table; each has a bias, or none has one."""
 
     async def norm(self, name: str, eps: float) -> Norm:
         """Load a norm by its name in the table."""
+
+    async def layer_norm(self, weight: str, bias: str, eps: float) -> LayerNorm:
+        """Load a LayerNorm by the names of its weight and its bias in the table."""
+
+    async def table(self, name: str) -> Operand:
+        """Load a table by its name in the table of tensors."""
+
+
+class VisionModel(ABC):
+    """A tower that reads images: pixels in, and out come the vectors that take the place of an image's soft tokens.
+
+    An image has `image_size` x `image_size` pixels of three colours, and the tower reads it in patches of `patch_size`
+    x `patch_size`. `tokens` says how an image stands in a prompt.
+    """
+
+    image_size: int
+    patch_size: int
+    tokens: ImageTokens
+
+    @property
+    def grid(self) -> int:
+        """Return the patches along a side."""
+        return self.image_size // self.patch_size
+
+    def patches(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the patches of an image (3, image_size, image_size), row by row: (grid^2, 3 * patch_size^2)."""
+        grid, size = self.grid, self.patch_size
+        return pixels.reshape(3, grid, size, grid, size).transpose(1, 3, 0, 2, 4).reshape(grid * grid, -1)
+
+    @abstractmethod
+    def forward(self, step: EncoderStep) -> Value:
+        """Take an image's patches through the layers; return float32 (tokens.count, hidden size of the text)."""
 
 
 class LanguageModel(ABC):
     """A model with its weights: token ids in, logits out.
 
     `caches` says which caches of keys and values its layers have, `ropes` which rotations, and `head` turns the last
-    norm into logits.
+    norm into logits. `vision` reads images, if the model can.
     """
 
     caches: Sequence[CacheSpec]
     ropes: Sequence[Rope]
     head: Linear
+    vision: VisionModel | None = None
 
     @abstractmethod
     def forward(self, step: Step) -> Normed:
@@ -118,7 +171,10 @@ class Family:
     - load: makes the model, and loads its weights in the order of the table.
     - chat: how a chat becomes a prompt.
     - prefixes: what the tensors' names begin with in other files than the plain ones, and what is meant.
-    - ignored: what the names of tensors begin with that are not of the language model.
+    - ignored: what the names of tensors begin with that a configuration may do without.
+    - text_only: the configuration without what reads images.
+    - with_projector: the configuration together with that of a GGUF file (its metadata, its path) which has the tower
+      that reads images.
     """
 
     name: str
@@ -130,3 +186,5 @@ class Family:
     chat: ChatTemplate
     prefixes: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    text_only: Callable[[Any], Any] = lambda config: config
+    with_projector: Callable[[Any, Mapping[str, object], str], Any] | None = None

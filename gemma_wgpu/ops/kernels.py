@@ -7,6 +7,7 @@ What a kernel computes, and how its buffers are laid out, stands at the top of i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 from gemma_wgpu.gpu.device import Buffer, Constants, Device
 from gemma_wgpu.ops.launch import Launch, Operand
@@ -19,6 +20,14 @@ READ_STEP = 4096  # bytes that a workgroup of read takes at once
 STATE_WORDS = 8  # of the struct State of shaders/state.wgsl
 SUMMARY_BYTES = 16  # of the struct Summary of shaders/sampling.wgsl
 _REDUCE = 64  # threads of the kernels that sum over a workgroup
+
+
+class Sight(IntEnum):
+    """Which tokens after itself a token of a chunk sees: none, those up to its `reach`, or all."""
+
+    CAUSAL = 0
+    REACH = 1
+    ALL = 2
 
 
 @dataclass(frozen=True)
@@ -228,6 +237,53 @@ class Kernels:
         grid = ceil_div(size // 4, 64), max_count
         return self._launch("geglu", {"SIZE": size, "SCALE": scale}, (state, gate_up, out), *grid, half=half)
 
+    def gelu(self, state: Operand, x: Operand, out: Operand, *, size: int, scale: float, max_count: int) -> Launch:
+        """Take the GELU of vectors of `size` numbers, and fill them up with zeros to whole blocks of 32."""
+        stride = ceil_div(size, 32) * 32
+        grid = ceil_div(stride // 4, 64), max_count
+        return self._launch("gelu", {"SIZE": size, "STRIDE": stride, "SCALE": scale}, (state, x, out), *grid)
+
+    def layer_norm(
+        self,
+        state: Operand,
+        residual: Operand,
+        y: Operand,
+        norm: Operand,
+        out: Operand,
+        *,
+        size: int,
+        eps: float,
+        add: bool,
+        max_count: int,
+        half: bool | None = None,
+    ) -> Launch:
+        """Norm the residual, after adding `y` to it if `add`; `half` as in `rms_norm`."""
+        constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "EPS": eps, "ADD": add}
+        return self._launch("layer_norm", constants, (state, residual, y, norm, out), max_count, half=half)
+
+    def split_heads(
+        self,
+        state: Operand,
+        qkv: Operand,
+        queries: Operand,
+        keys: Operand,
+        values: Operand,
+        *,
+        size: int,
+        scale: float,
+        max_count: int,
+    ) -> Launch:
+        """Take queries, keys and values of `size` numbers each apart, and scale the queries."""
+        grid = ceil_div(size // 4, 64), max_count
+        return self._launch("split_heads", {"SIZE": size, "SCALE": scale}, (state, qkv, queries, keys, values), *grid)
+
+    def average_pool(self, x: Operand, out: Operand, *, size: int, side: int, window: int) -> Launch:
+        """Average vectors of `size` numbers over squares of `window` x `window` of a grid of `side` x `side`."""
+        constants = {"K": size, "SIDE": side, "WINDOW": window}
+        return self._launch(
+            "average_pool", constants, (x, out), ceil_div(size // 4, 64), (side // window) ** 2, half=False
+        )
+
     def qk_norm_rope(
         self,
         shape: AttentionShape,
@@ -258,10 +314,18 @@ class Kernels:
         out: Operand,
         *,
         max_count: int,
+        sight: Sight = Sight.CAUSAL,
+        reach: Operand | None = None,
     ) -> Launch:
-        """Let a chunk of tokens attend to the cache and to the chunk."""
-        constants = _heads(shape) | {"WINDOW": shape.window, "RING": shape.ring}
-        operands = (state, queries, keys, values, key_cache, value_cache, out)
+        """Let a chunk of tokens attend to the cache and to the chunk.
+
+        `reach`, u32 (max_count,), is the last token of the chunk that each token sees if its `sight` is REACH.
+        """
+        vectors = shape.head_dim // 4
+        threads = ceil_div(vectors, 8) * 8 if self.tuning.on_cpu else 1 << (vectors - 1).bit_length()
+        constants = _heads(shape) | {"WINDOW": shape.window, "RING": shape.ring, "SIGHT": int(sight)}
+        constants |= {"VECTORS": vectors, "WORKGROUP_SIZE": threads}
+        operands = (state, queries, keys, values, key_cache, value_cache, out, reach or self.unread)
         tiles = ceil_div(max_count, QUERY_ROWS // (shape.heads // shape.kv_heads))
         return self._launch("attention_prefill", constants, operands, tiles, shape.kv_heads)
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.gpu.device import Buffer, Device
-from gemma_wgpu.ops.kernels import AttentionShape, Kernels
+from gemma_wgpu.ops.kernels import AttentionShape, Kernels, Sight
 from gemma_wgpu.ops.kv_cache import KVCache
 from gemma_wgpu.ops.launch import Launch, Operand, Value
 from gemma_wgpu.ops.linear import Linear, Part
@@ -62,7 +62,8 @@ class Attention:
     """The attention of a layer: RMSNorm of queries and keys, rotation, softmax(scale q k) v over its cache.
 
     A query sees `window` positions, itself included, or all of them if `window` is None. Query head h goes with
-    key/value head h * kv_heads / heads. Layers may share a cache.
+    key/value head h * kv_heads / heads. Layers may share a cache. If it is `two_way`, the soft tokens of an image see
+    each other, those after them too.
     """
 
     heads: int
@@ -74,6 +75,7 @@ class Attention:
     k_norm: Norm
     rope: Rope
     cache: int
+    two_way: bool = False
 
 
 class Norms:
@@ -110,8 +112,12 @@ class Step(ABC):
 
     `states` (struct State of shaders/state.wgsl) says where each sequence stands, and `tokens` u32 has the tokens: of
     a chunk, or the last one of each slot. `whole` is a State whose count is that of all tokens of the step. `half`
-    says whether the activations are float16.
+    says whether the activations are float16. `embedded` are the tokens' embeddings, which the first
+    `embedding_launches` compute; other vectors may take their place before the others run.
     """
+
+    embedded: Value
+    embedding_launches: int
 
     def __init__(
         self,
@@ -132,9 +138,10 @@ class Step(ABC):
 
     def embed(self, table: Linear, *, scale: float) -> Value:
         """Look up the tokens' rows of `table`, times `scale`: float32 (count, cols)."""
-        out = self._value("residual", table.cols)
+        self.embedded = out = self._value("residual", table.cols)
         for part in table.parts:
             self._embed(part, out, scale)
+        self.embedding_launches = len(self.launches)
         return out
 
     def norm(self, x: Value | Product | Sum, norm: Norm) -> Normed:
@@ -300,10 +307,17 @@ class Step(ABC):
 
 
 class ChunkStep(Step):
-    """Takes up to `count` tokens of one sequence through the layers."""
+    """Takes up to `count` tokens of one sequence through the layers.
 
-    def __init__(self, around: Surroundings, states: Buffer, tokens: Buffer, count: int) -> None:
+    `reach` is for chunks that have soft tokens: u32 (count,), the last token of the chunk that each token sees in
+    layers that are two-way.
+    """
+
+    def __init__(
+        self, around: Surroundings, states: Buffer, tokens: Buffer, count: int, reach: Buffer | None = None
+    ) -> None:
         super().__init__(around, states, tokens, count, half=around.kernels.half)
+        self._reach = reach
 
     def _embed(self, part: Part, out: Value, scale: float) -> None:
         self._launch(
@@ -373,7 +387,18 @@ class ChunkStep(Step):
         cache = caches.keys(attention.cache), caches.values(attention.cache)
         out = self._activation("attended", shape.heads * shape.head_dim)
         self._launch(
-            kernels.attention_prefill(shape, self.states, queries, keys, values, *cache, out, max_count=self.count),
+            kernels.attention_prefill(
+                shape,
+                self.states,
+                queries,
+                keys,
+                values,
+                *cache,
+                out,
+                max_count=self.count,
+                sight=Sight.REACH if self._reach and attention.two_way else Sight.CAUSAL,
+                reach=self._reach,
+            ),
             # This comes after the attention: until then a ring holds the window before the chunk.
             kernels.cache_write(
                 self.states, keys, values, *cache, size=keys.size, ring=shape.ring, max_count=self.count

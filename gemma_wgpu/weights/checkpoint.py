@@ -72,7 +72,7 @@ class Weights(ABC):
 
     @abstractmethod
     async def vector(self, name: str) -> NDArray[np.float32]:
-        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
+        """Return what is no matrix, float32 in its shape, as it is used. Raises ModelError for any other name."""
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
@@ -142,7 +142,7 @@ class Checkpoint(Weights):
 
     @abstractmethod
     def values(self, name: str) -> NDArray[np.float32]:
-        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
+        """Return what is no matrix, float32 in its shape, as it is used. Raises ModelError for any other name."""
 
     async def vector(self, name: str) -> NDArray[np.float32]:
         """Return `values`."""

@@ -263,7 +263,8 @@ def _write_shard(model: Checkpoint, shard: Shard, path: Path, pool: Executor, me
         put(shard.header)
         for tensor, part in shard.parts:
             if not model.table[tensor.name].kind.is_matrix:
-                put(_bytes(model.values(tensor.name)))
+                values = model.values(tensor.name).reshape(tensor.rows, tensor.cols)
+                put(_bytes(values[part.start : part.stop].reshape(-1)))
                 continue
             scales = []
             for packed in _packed(model, tensor, part.start, part.stop, pool):

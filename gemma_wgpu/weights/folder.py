@@ -73,9 +73,10 @@ class FolderCheckpoint(Checkpoint):
         return _FolderMatrix(self._entries[self.spec(name, matrix=True).name], self._shards)
 
     def values(self, name: str) -> NDArray[np.float32]:
-        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
-        [part] = self._entries[self.spec(name, matrix=False).name].parts
-        return self._shards[part.shard].read(*part.quants).view(np.float32).copy()
+        """Return what is no matrix, float32 in its shape, as it is used. Raises ModelError for any other name."""
+        spec = self.spec(name, matrix=False)
+        parts = [self._shards[part.shard].read(*part.quants) for part in self._entries[name].parts]
+        return np.concatenate(parts).view(np.float32).reshape(spec.shape)
 
     def vocabulary(self) -> Vocabulary:
         """Return the vocabulary. Raises ModelError if its file is missing or damaged."""

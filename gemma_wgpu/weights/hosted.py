@@ -103,9 +103,10 @@ class HostedFolder(Weights):
         return _HostedMatrix(self._entries[self.spec(name, matrix=True).name], self)
 
     async def vector(self, name: str) -> NDArray[np.float32]:
-        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
-        [part] = self._entries[self.spec(name, matrix=False).name].parts
-        return np.frombuffer((await self.shard(part.shard)).slice(*part.quants).to_bytes(), np.float32)
+        """Return what is no matrix, float32 in its shape, as it is used. Raises ModelError for any other name."""
+        spec = self.spec(name, matrix=False)
+        parts = [(await self.shard(part.shard)).slice(*part.quants).to_bytes() for part in self._entries[name].parts]
+        return np.frombuffer(b"".join(parts), np.float32).reshape(spec.shape)
 
     def tokenizer(self) -> Tokenizer:
         """Return the vocabulary's tokenizer. Raises ModelError if that is damaged."""

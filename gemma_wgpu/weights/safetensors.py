@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class SafetensorsCheckpoint(StoredCheckpoint):
     Raises ModelError, which names the file and what is wrong, unless every tensor is there and can be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, vision: bool = True) -> None:
         if not (path / _CONFIG).is_file():
             raise ModelError(
                 f"{path}: there is no {_CONFIG} in this folder; give a Hugging Face model folder, or a .gguf file"
@@ -39,11 +40,13 @@ class SafetensorsCheckpoint(StoredCheckpoint):
         content, source = _json(path / _CONFIG), str(path / _CONFIG)
         family = family_of_hf(content, source)
         config = family.config.from_hf(content, source=source)
+        if not vision:
+            config = family.text_only(config)
+        table = {spec.name for spec in family.tensors(config)}
         files = [MappedFile(shard) for shard in _shards(path)]
         stored: dict[str, StoredTensor] = {}
         for file in files:
-            for tensor in _tensors(file, family.ignored):
-                name = _name(tensor.label, family)
+            for name, tensor in _tensors(file, family, table):
                 if name in stored:
                     other = stored[name].file.path.name
                     raise tensor.error(f"is in {other} too; these shards are not of one model")
@@ -96,8 +99,8 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def _tensors(file: MappedFile, ignored: tuple[str, ...]) -> list[StoredTensor]:
-    """Return the tensors of a file but those whose names begin with one of `ignored`."""
+def _tensors(file: MappedFile, family: Family, table: Collection[str]) -> list[tuple[str, StoredTensor]]:
+    """Return the tensors of a file, with the names of `table`, but not those that a family may do without."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -111,7 +114,8 @@ def _tensors(file: MappedFile, ignored: tuple[str, ...]) -> list[StoredTensor]:
     header = json.loads(file.map[8 : 8 + length])
     tensors = []
     for label, entry in header.items():
-        if label == "__metadata__" or label.startswith(ignored):
+        name = _name(label, family)
+        if label == "__metadata__" or (name not in table and name.startswith(family.ignored)):
             continue
         encoding = _ENCODINGS.get(entry["dtype"])
         if encoding is None:
@@ -120,12 +124,12 @@ def _tensors(file: MappedFile, ignored: tuple[str, ...]) -> list[StoredTensor]:
                 "the model's bf16 original or a GGUF"
             )
         offset = 8 + length + entry["data_offsets"][0]
-        tensors.append(StoredTensor(label, tuple(entry["shape"]), encoding, file, offset))
+        tensors.append((name, StoredTensor(label, tuple(entry["shape"]), encoding, file, offset)))
     return tensors
 
 
 def _name(label: str, family: Family) -> str:
-    """Return the name that a tensor has in a checkpoint of the language model alone."""
+    """Return the name that a tensor has in the family's table."""
     for prefix, plain in family.prefixes.items():
         if label.startswith(prefix):
             return plain + label.removeprefix(prefix)

@@ -97,6 +97,12 @@ class StoredTensor:
         """Return all of a dense tensor, float32 in its own shape."""
         return widen(self.file.read(self.offset, self.nbytes), self.encoding.layout).reshape(self.shape)
 
+    def columns(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return the bytes of columns [start, stop) of a dense matrix, one column after the other."""
+        rows, cols = self.shape
+        data = self.file.read(self.offset, self.nbytes).reshape(rows, cols, -1)
+        return np.ascontiguousarray(data[:, start:stop].swapaxes(0, 1)).reshape(-1)
+
     def equals(self, other: StoredTensor) -> bool:
         """Say whether both hold the same weights in the same bytes."""
         return (self.shape, self.encoding) == (other.shape, other.encoding) and all(
@@ -113,12 +119,16 @@ class StoredTensor:
 
 
 class StoredMatrix(LocalTensor):
-    """A stored tensor of two dimensions as a weight matrix: `pack` fills its rows up to `cols` weights with zeros."""
+    """A stored tensor as a weight matrix, as its entry in the family's table says.
 
-    def __init__(self, name: str, stored: StoredTensor, cols: int) -> None:
-        self.name = name
-        self.shape = (stored.shape[0], cols)
-        self._stored = stored
+    Further dimensions than the first are the columns, or all but the last one are if it is transposed. `pack` fills
+    rows up with zeros to whole blocks.
+    """
+
+    def __init__(self, spec: TensorSpec, stored: StoredTensor) -> None:
+        self.name = spec.name
+        self.shape = spec.stored_shape
+        self._spec, self._stored = spec, stored
 
     @property
     def layout(self) -> Layout:
@@ -129,9 +139,12 @@ class StoredMatrix(LocalTensor):
         """Return rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
         start, stop = self._checked(start, stop)
         stored, (rows, cols) = self._stored, self.shape
-        row_bytes = stored.nbytes // rows
-        data = stored.file.read(stored.offset + start * row_bytes, (stop - start) * row_bytes)
-        if cols > stored.shape[1]:
+        if self._spec.transposed:
+            data = stored.columns(start, stop)
+        else:
+            row_bytes = stored.nbytes // rows
+            data = stored.file.read(stored.offset + start * row_bytes, (stop - start) * row_bytes)
+        if cols > self._spec.size // rows:
             # Only plain floats, whose groups are single weights, can have such rows.
             data = padded(data, stop - start, cols * stored.encoding.group_bytes)
         return Packed(self.layout, stop - start, cols, *stored.encoding.split(data))
@@ -169,6 +182,7 @@ class StoredCheckpoint(Checkpoint):
         for spec in self.table.values():
             for copy in spec.copies:
                 self._check_copy(spec, left.pop(copy, None))
+        left = {label: tensor for label, tensor in left.items() if not label.startswith(family.ignored)}
         if left:
             raise next(iter(left.values())).error(f"is not one that {family.name} has; this is another architecture")
         self.nbytes = sum(tensor.nbytes for tensor in self._stored.values())
@@ -177,10 +191,10 @@ class StoredCheckpoint(Checkpoint):
     def tensor(self, name: str) -> StoredMatrix:
         """Return a matrix of the table. Raises ModelError for any other name."""
         spec = self.spec(name, matrix=True)
-        return StoredMatrix(name, self._stored[name], spec.stored_shape[1])
+        return StoredMatrix(spec, self._stored[name])
 
     def values(self, name: str) -> NDArray[np.float32]:
-        """Return a vector of the table, float32 (n,), as it is used. Raises ModelError for any other name."""
+        """Return what is no matrix, float32 in its shape, as it is used. Raises ModelError for any other name."""
         spec = self.spec(name, matrix=False)
         values = self._stored[name].values()
         return values + np.float32(1) if self._plus_one and spec.kind == Kind.NORM_PLUS_ONE else values
@@ -209,8 +223,8 @@ class StoredCheckpoint(Checkpoint):
         found = left.pop(label)
         if found.shape != spec.shape:
             raise found.error(f"is {_dims(found.shape)} where the configuration makes it {_dims(spec.shape)}")
-        if not spec.kind.is_matrix and not found.encoding.dense:
-            raise found.error(f"is {found.encoding.name}; norms and biases must be plain floats")
+        if not found.encoding.dense and (not spec.kind.is_matrix or spec.transposed):
+            raise found.error(f"is {found.encoding.name}; {spec.name} must be plain floats")
         return found
 
     def _check_copy(self, spec: TensorSpec, copy: StoredTensor | None) -> None:

@@ -58,12 +58,12 @@ def summarize(checkpoint: Checkpoint) -> Summary:
     matrices = checkpoint.matrices(Kind.MATRIX)
     layouts = sorted({matrix.layout for matrix in matrices})
     specs = checkpoint.table.values()
-    vectors = sum(spec.shape[0] for spec in specs if not spec.kind.is_matrix)
+    vectors = sum(spec.size for spec in specs if not spec.kind.is_matrix)
     return Summary(
         name=checkpoint.name,
         quantization=checkpoint.quantization,
         config=checkpoint.config,
-        parameters=vectors + sum(spec.shape[0] * spec.shape[1] for spec in specs if spec.kind.is_matrix),
+        parameters=sum(spec.size for spec in specs),
         embedding=_use(checkpoint.matrices(Kind.EMBEDDING)),
         matrices=tuple(_use([matrix for matrix in matrices if matrix.layout == layout]) for layout in layouts),
         vector_bytes=4 * vectors,

@@ -6,8 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.models.spec import Loader
+from gemma_wgpu.ops.encoder import LayerNorm
+from gemma_wgpu.ops.launch import Operand
 from gemma_wgpu.ops.layout import BLOCK, Layout
 from gemma_wgpu.ops.linear import Linear, Part
 from gemma_wgpu.ops.step import Norm
@@ -37,12 +42,24 @@ class Upload(Loader):
 
     async def norm(self, name: str, eps: float) -> Norm:
         """Load a norm by its name in the table."""
-        weight = await self._weights.vector(name)
-        self._identity.update(weight.tobytes())
-        return Norm(weight, eps)
+        return Norm(await self._vector(name), eps)
 
-    async def linear(self, *names: str, bias: str | None = None) -> Linear:
-        """Load matrices, stacked row upon row, by their names in the table; `bias` names that of all their rows."""
+    async def layer_norm(self, weight: str, bias: str, eps: float) -> LayerNorm:
+        """Load a LayerNorm by the names of its weight and its bias in the table."""
+        norm = np.stack([await self._vector(weight), await self._vector(bias)])
+        return LayerNorm(self._device.upload(norm, weight), norm.shape[1], eps)
+
+    async def table(self, name: str) -> Operand:
+        """Load a table by its name in the table of tensors."""
+        return self._device.upload(await self._vector(name), name)
+
+    async def _vector(self, name: str) -> NDArray[np.float32]:
+        vector = await self._weights.vector(name)
+        self._identity.update(vector.tobytes())
+        return vector
+
+    async def linear(self, *names: str, biases: Sequence[str] = ()) -> Linear:
+        """Load matrices, stacked row upon row, by their names in the table; each has a bias, or none has one."""
         tensors = [self._weights.tensor(name) for name in names]
         device, label = self._device, names[0].removesuffix(".weight")
         parts: list[Part] = []
@@ -65,8 +82,10 @@ class Upload(Loader):
                 parts.append(part)
             rows += run_rows
         self._weights.release()
-        vector = None if bias is None else device.upload(await self._weights.vector(bias), bias)
-        return Linear(rows, cols, tuple(parts), vector)
+        bias = None
+        if biases:
+            bias = device.upload(np.concatenate([await self._vector(name) for name in biases]), f"{label}.bias")
+        return Linear(rows, cols, tuple(parts), bias)
 
     async def _fill(self, part: Part, run: Sequence[Tensor], start: int) -> None:
         """Write rows [start, start + part.rows) of the tensors of `run` into the buffers of `part`."""

@@ -1,12 +1,15 @@
-"""attention_prefill.wgsl: causal attention of a chunk over the ring and itself."""
+"""attention_prefill.wgsl: attention of a chunk over the ring and itself, causal or not."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma_wgpu.gpu.device import Device
+from gemma_wgpu.ops.kernels import Sight
 from gemma_wgpu.ops.kv_cache import Ring
 from tests.kernels.bench import F16, F16_SMALLEST, UNTOUCHED, Bench, close, same
 from tests.kernels.heads import POISON, attend, shape_of
@@ -22,6 +25,7 @@ class Case:
     chunks: tuple[tuple[int, int], ...]  # of position and count
     half: bool
     gain: float = 1.0  # of the queries: large ones make the softmax sharp
+    sight: Sight = Sight.CAUSAL
     cpu: bool = True  # the variants for CPU adapters, if this is one
 
 
@@ -36,6 +40,11 @@ _CASES = (
     Case(2, 1, 32, 24, 24, ((0, 9), (23, 9), (47, 100)), half=True),
     Case(4, 2, 32, 20, 64, ((0, 21), (19, 2), (130, 30)), half=False),  # a window shorter than the ring
     Case(8, 4, 64, 33, 33, ((32, 1), (33, 65)), half=True, gain=30.0),
+    Case(2, 2, 72, 300, 300, ((0, 1), (0, 31), (17, 100)), half=False),  # heads that do not fill a subgroup
+    Case(2, 2, 72, 1000, 1, ((0, 100), (0, 5)), half=True, sight=Sight.ALL),  # an encoder's
+    Case(3, 3, 72, 1000, 1, ((0, 1), (0, 33)), half=False, sight=Sight.ALL, gain=30.0),
+    Case(4, 2, 128, 8, 8, ((0, 53), (11, 100), (3, 1)), half=False, sight=Sight.REACH),  # blocks beyond the window
+    Case(4, 1, 256, 64, 64, ((0, 70), (90, 100)), half=True, sight=Sight.REACH),
 )
 CASES = tuple(replace(case, cpu=cpu) for case in _CASES for cpu in (True, False))
 MAX_COUNT = 100
@@ -63,19 +72,41 @@ async def check(device: Device, case: Case) -> None:
                 rows.append(bench.put(cache, bench.half))
             out = bench.blank(MAX_COUNT, case.heads, case.head_dim, dtype=bench.half)
             state = bench.state(position, count, ring)
+            reach = _reach(rng, count)
             keys, values, key_cache, value_cache = rows
             bench.run(
                 bench.kernels.attention_prefill(
-                    shape, state, queries, keys, values, key_cache, value_cache, out, max_count=MAX_COUNT
+                    shape,
+                    state,
+                    queries,
+                    keys,
+                    values,
+                    key_cache,
+                    value_cache,
+                    out,
+                    max_count=MAX_COUNT,
+                    sight=case.sight,
+                    reach=bench.put(reach, np.uint32),
                 )
             )
             actual = await bench.get(out, MAX_COUNT, case.heads, case.head_dim, dtype=bench.half)
 
             query, key = np.arange(position, length)[:, None], np.arange(length)
-            visible = (key <= query) & (key > query - case.window)
+            last = {Sight.CAUSAL: query, Sight.REACH: position + reach[:, None], Sight.ALL: query * 0 + length}
+            visible = (key <= last[case.sight]) & (key > query - case.window)
             exact, tolerance, _ = attend(
                 q[:count].astype(np.float64), k.astype(np.float64), v.astype(np.float64), visible
             )
             stored = F16 * np.abs(exact) + F16_SMALLEST if case.half else 0.0
             close(f"out from position {position}, {count} tokens", actual[:count], exact, tolerance + stored)
             same("rows outside", actual[count:], UNTOUCHED)
+
+
+def _reach(rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+    """The last token that each token of a chunk sees: itself, or the last one of its block."""
+    reach = np.arange(count)
+    starts = np.flatnonzero(rng.random(count) < 0.1)
+    for start, stop in pairwise([*starts, count]):
+        end = min(start + int(rng.integers(1, 30)), stop)
+        reach[start:end] = end - 1
+    return reach

@@ -8,10 +8,13 @@ from tests.kernels import (
     attention_combine,
     attention_decode,
     attention_prefill,
+    average_pool,
     cache_copy,
     cache_write,
     embed,
     geglu,
+    gelu,
+    layer_norm,
     logits_scan,
     mask,
     matmul,
@@ -24,6 +27,7 @@ from tests.kernels import (
     read,
     rms_norm,
     sample,
+    split_heads,
 )
 
 KERNELS: dict[str, ModuleType] = {
@@ -32,10 +36,13 @@ KERNELS: dict[str, ModuleType] = {
         attention_combine,
         attention_decode,
         attention_prefill,
+        average_pool,
         cache_copy,
         cache_write,
         embed,
         geglu,
+        gelu,
+        layer_norm,
         logits_scan,
         mask,
         matmul,
@@ -48,5 +55,6 @@ KERNELS: dict[str, ModuleType] = {
         read,
         rms_norm,
         sample,
+        split_heads,
     )
 }
