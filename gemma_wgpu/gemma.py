@@ -11,23 +11,26 @@ from typing import Any, Self, Unpack, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu import html
+from gemma_wgpu import html, pictures
 from gemma_wgpu.engine import session
 from gemma_wgpu.engine.generation import Generation, Generations
+from gemma_wgpu.engine.prompt import Image, Prompt, runs
 from gemma_wgpu.engine.request import Request
-from gemma_wgpu.engine.runner import PREFILL_CHUNK, Runner
+from gemma_wgpu.engine.runner import PREFILL_CHUNK, Features, Runner
 from gemma_wgpu.engine.scheduler import Scheduler, ended_by
 from gemma_wgpu.engine.structured import Grammars
 from gemma_wgpu.errors import ContextError, DeviceError, RequestError
 from gemma_wgpu.fetch.hub import open_model
+from gemma_wgpu.fetch.pictures import fetch_picture
 from gemma_wgpu.gpu import open_device, open_device_sync
 from gemma_wgpu.gpu.device import Adapter, Device
 from gemma_wgpu.gpu.ledger import Ledger
-from gemma_wgpu.models.spec import Config, Family
+from gemma_wgpu.models.spec import Config, Family, LanguageModel, VisionModel
+from gemma_wgpu.ops.kv_cache import Lease
 from gemma_wgpu.ops.tuner import tuned
 from gemma_wgpu.options import OptionFields, Options, check_count
 from gemma_wgpu.progress import OnProgress, Progress
-from gemma_wgpu.tokens.chat import Message
+from gemma_wgpu.tokens.chat import Message, text_with_images
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.weights.checkpoint import Weights
 from gemma_wgpu.weights.upload import Upload
@@ -37,6 +40,8 @@ ACTIVATIONS = ("float", "int8")
 MOST_SIDE_BY_SIDE = 256  # texts
 _CONTEXT_LENGTH = 4096
 _BATCH_SIZE = 8
+
+_Prompt = str | Sequence[int] | Prompt
 
 
 class Gemma:
@@ -120,7 +125,14 @@ class Gemma:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], *, options: Options | None = ..., **fields: Unpack[OptionFields]
+        self,
+        prompt: str | Sequence[int] | Prompt,
+        *,
+        images: Sequence[object] = ...,
+        pan_and_scan: bool = ...,
+        progress: OnProgress | None = ...,
+        options: Options | None = ...,
+        **fields: Unpack[OptionFields],
     ) -> Generation: ...
 
     @overload
@@ -128,6 +140,9 @@ class Gemma:
         self,
         prompt: list[str] | list[list[int]],
         *,
+        images: Sequence[Sequence[object]] = ...,
+        pan_and_scan: bool = ...,
+        progress: OnProgress | None = ...,
         options: Options | None = ...,
         batch_size: int = ...,
         **fields: Unpack[OptionFields],
@@ -135,8 +150,11 @@ class Gemma:
 
     def generate(
         self,
-        prompt: str | Sequence[int] | list[str] | list[list[int]],
+        prompt: str | Sequence[int] | Prompt | list[str] | list[list[int]],
         *,
+        images: Sequence[Any] = (),
+        pan_and_scan: bool = False,
+        progress: OnProgress | None = None,
         options: Options | None = None,
         batch_size: int = _BATCH_SIZE,
         **fields: Unpack[OptionFields],
@@ -149,22 +167,35 @@ class Gemma:
         For a list it returns Generations: up to `batch_size` texts are computed side by side, and the next one begins
         when one ends. Text i is what prompt i alone would yield with the seed `seed + i`.
 
+        `images` are those of the prompt, or a list for each prompt of a list; `prompt` says what they and
+        `pan_and_scan` are. `progress` is told how far the encoding of an image is.
+
         Raises RequestError for a prompt that is empty, an id outside the vocabulary, or an option out of its range,
         ContextError for a prompt that is longer than the context, and DeviceError if the model was closed.
         """
         options = replace(options or Options(), **fields)
         if not _is_batch(prompt):
-            return Generation(self.scheduler, self.request(cast("str | Sequence[int]", prompt), options))
+            one = self.prompt(cast("_Prompt", prompt), images, pan_and_scan=pan_and_scan)
+            return Generation(self.scheduler, self.request(one, options, progress=progress))
         check_count("batch_size", batch_size, 1, MOST_SIDE_BY_SIDE)
-        requests = [
-            self.request(cast("str | Sequence[int]", each), options.for_text(index))
-            for index, each in enumerate(prompt)
-        ]
+        prompts = cast("list[_Prompt]", prompt)
+        if images and len(images) != len(prompts):
+            raise RequestError(f"there are {len(images)} lists of images for {len(prompts)} prompts")
+        requests = []
+        for index, each in enumerate(prompts):
+            one = self.prompt(each, images[index] if images else (), pan_and_scan=pan_and_scan)
+            requests.append(self.request(one, options.for_text(index), progress=progress))
         return Generations(self.scheduler, requests, batch_size)
 
     @overload
     def chat(
-        self, messages: str | Sequence[Message], *, options: Options | None = ..., **fields: Unpack[OptionFields]
+        self,
+        messages: str | Sequence[Message],
+        *,
+        pan_and_scan: bool = ...,
+        progress: OnProgress | None = ...,
+        options: Options | None = ...,
+        **fields: Unpack[OptionFields],
     ) -> Generation: ...
 
     @overload
@@ -172,6 +203,8 @@ class Gemma:
         self,
         messages: list[str] | list[list[Message]],
         *,
+        pan_and_scan: bool = ...,
+        progress: OnProgress | None = ...,
         options: Options | None = ...,
         batch_size: int = ...,
         **fields: Unpack[OptionFields],
@@ -181,33 +214,119 @@ class Gemma:
         self,
         messages: str | Sequence[Message] | list[str] | list[list[Message]],
         *,
+        pan_and_scan: bool = False,
+        progress: OnProgress | None = None,
         options: Options | None = None,
         batch_size: int = _BATCH_SIZE,
         **fields: Unpack[OptionFields],
     ) -> Generation | Generations:
         """Reply to `messages`: a user's text or a list of {"role": ..., "content": ...}, or to a list of such.
 
-        Roles are "system" (first only), "user" and "assistant", by turns. Options, results and errors are those of
-        `generate`; a RequestError also names a message that is out of order.
+        Roles are "system" (first only), "user" and "assistant", by turns. A user's content may have images; see
+        `chat_prompt`, which `pan_and_scan` is for too. Options, results and errors are those of `generate`; a
+        RequestError also names a message that is out of order.
         """
         if _is_batch(messages):
-            prompts = [self.chat_ids(chat) for chat in cast("list[str | list[Message]]", messages)]
-            return self.generate(prompts, options=options, batch_size=batch_size, **fields)
-        return self.generate(self.chat_ids(cast("str | Sequence[Message]", messages)), options=options, **fields)
+            chats = cast("list[str | list[Message]]", messages)
+            prompts: Any = [self.chat_prompt(chat, pan_and_scan=pan_and_scan) for chat in chats]
+        else:
+            prompts = self.chat_prompt(cast("str | Sequence[Message]", messages), pan_and_scan=pan_and_scan)
+        return self.generate(prompts, progress=progress, options=options, batch_size=batch_size, **fields)
 
     def chat_ids(self, messages: str | Sequence[Message]) -> list[int]:
-        """Return the prompt that `chat` makes of messages. Raises RequestError as `chat` does."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        return self.family.chat.encode(self.tokenizer, messages)
+        """Return the ids of the prompt that `chat` makes of messages. Raises RequestError as `chat` does."""
+        return self._chat_ids(_messages(messages), ())
 
-    def request(self, prompt: str | Sequence[int], options: Options) -> Request:
+    def chat_prompt(self, messages: str | Sequence[Message], *, pan_and_scan: bool = False) -> Prompt:
+        """Return the prompt that `chat` makes of messages.
+
+        A part of a user's content may be {"type": "image"} with one of "image" (a PIL image, a numpy array or the
+        bytes of a file), "path", "url" (https:, or data:) and "base64". With `pan_and_scan`, a long image is followed
+        by crops of it, in which the model sees more. Raises RequestError as `chat` does, and for an image that cannot
+        be read.
+        """
+        messages = _messages(messages)
+        sources = self.family.chat.images(messages)
+        self._chat_ids(messages, ())  # what is wrong with the messages is said before images are read
+        images, crops = self._images(sources, pan_and_scan)
+        return Prompt(self._chat_ids(messages, crops), images)
+
+    def _chat_ids(self, messages: Sequence[Message], crops: Sequence[int]) -> list[int]:
+        tokens = self.vision.tokens if self.vision else None
+        return self.family.chat.encode(self.tokenizer, messages, images=tokens, crops=crops)
+
+    def prompt(
+        self, prompt: str | Sequence[int] | Prompt, images: Sequence[object] = (), *, pan_and_scan: bool = False
+    ) -> Prompt:
+        """Return a prompt with images: PIL images, numpy arrays, bytes of files, paths, or data: or https: addresses.
+
+        A text has `<start_of_image>` where an image stands. With `pan_and_scan`, a long image is followed by crops of
+        it, in which the model sees more. Ids have all soft tokens of images in their places, and no crops; an image
+        may then also be float32 (3, size, size), normalised already. Raises RequestError if a text does not have as
+        many images, if an image cannot be read, or if the model reads text only.
+        """
+        if isinstance(prompt, Prompt):
+            return prompt
+        if not images:
+            return Prompt(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        found, crops = self._images(images, pan_and_scan and isinstance(prompt, str))
+        if isinstance(prompt, str):
+            prompt = text_with_images(self.tokenizer, prompt, self._seeing().tokens, crops)
+        return Prompt(prompt, found)
+
+    def _images(self, sources: Sequence[object], pan_and_scan: bool) -> tuple[list[Image], list[int]]:
+        """Return all images that are read, crops among them, and how many crops each source has."""
+        images, crops = [], []
+        for source in sources:
+            size = self._seeing().image_size
+            whole = pictures.normalized(source, size)
+            views = [whole] if whole is not None else _views(source, size, pan_and_scan)
+            images += [Image(pixels, pictures.key(pixels)) for pixels in views]
+            crops.append(len(views) - 1)
+        return images, crops
+
+    @property
+    def vision(self) -> VisionModel | None:
+        """Return what reads images, or None if the model reads text only."""
+        return self.runner.model.vision
+
+    def _seeing(self) -> VisionModel:
+        if self.vision is None:
+            raise RequestError(f"{self.name} reads text only, and takes no images; load a model with a vision tower")
+        return self.vision
+
+    def image_features(self, image: object, *, progress: OnProgress | None = None) -> NDArray[np.float32]:
+        """Return what takes the place of an image's soft tokens: float32 (tokens, hidden_size).
+
+        `image` is one of those that `prompt` takes. Raises RequestError if it cannot be read, or if the model reads
+        text only.
+        """
+        return self.device.wait(self.image_features_async(image, progress=progress))
+
+    async def image_features_async(self, image: object, *, progress: OnProgress | None = None) -> NDArray[np.float32]:
+        """Do what `image_features` does, for an event loop."""
+        self._check_open()
+        [found], _ = self._images([image], False)
+        return (await self._features(Prompt((), [found]), None, progress))[found.key]
+
+    async def _features(self, prompt: Prompt, lease: Lease | None, progress: OnProgress | None = None) -> Features:
+        """Return the features of a prompt's images, but not of those that the cache has seen."""
+        encoder, left = self.runner.encoder, prompt.images
+        if lease is not None:
+            keys = set(lease.ids[lease.computed :])
+            left = [image for image in left if image.key in keys]
+        return {image.key: await encoder.encode(image, progress) for image in left} if encoder else {}
+
+    def request(
+        self, prompt: str | Sequence[int] | Prompt, options: Options, *, progress: OnProgress | None = None
+    ) -> Request:
         """Return what the scheduler takes for a text. Raises RequestError and DeviceError as `generate` does."""
-        ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        prompt = self.prompt(prompt)
+        ids = self._checked(prompt)
         if options.logprobs is not None:
             check_count("logprobs", options.logprobs, 0, self.config.vocab_size - 1)
         matcher = None if options.constraint is None else self._grammars.matcher(options.constraint)
-        return Request(self.tokenizer, ids, options, self.context_length, matcher)
+        return Request(self.tokenizer, ids, options, self.context_length, matcher, prompt.images, progress)
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -215,46 +334,54 @@ class Gemma:
 
     # What looks inside.
 
-    def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
+    def logits(
+        self, ids: Sequence[int] | Prompt, *, images: Sequence[object] = (), last: int | None = None
+    ) -> NDArray[np.float32]:
         """Return what the model thinks comes after each of `ids`, or the `last` of them: (len(ids), vocab_size).
 
-        Raises RequestError as `generate` does.
+        `images` are those whose soft tokens are among the ids; see `prompt`. Raises RequestError as `generate` does.
         """
-        return self.device.wait(self.logits_async(ids, last=last))
+        return self.device.wait(self.logits_async(ids, images=images, last=last))
 
-    async def logits_async(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
+    async def logits_async(
+        self, ids: Sequence[int] | Prompt, *, images: Sequence[object] = (), last: int | None = None
+    ) -> NDArray[np.float32]:
         """Do what `logits` does, for an event loop."""
-        checked = self._checked(ids)
-        count = len(checked)
+        prompt = self.prompt(ids, images)
+        count = len(self._checked(prompt))
         if last is not None:
             check_count("last", last, 1, count)
         first = count - last if last else 0
         logits = np.empty((count - first, self.config.vocab_size), np.float32)
         done = 0
-        async for rows in self.logit_rows(checked, first=first):
+        async for rows in self.logit_rows(prompt, first=first):
             logits[done : done + len(rows)] = rows
             done += len(rows)
         return logits
 
-    async def logit_rows(self, ids: Sequence[int], *, first: int = 0) -> AsyncIterator[NDArray[np.float32]]:
+    async def logit_rows(
+        self, ids: Sequence[int] | Prompt, *, images: Sequence[object] = (), first: int = 0
+    ) -> AsyncIterator[NDArray[np.float32]]:
         """Yield the `logits` after the ids from `first` on, some rows at a time, since all may be more than fit.
 
         Raises RequestError as `generate` does, and for a `first` that is not the index of an id.
         """
-        checked = self._checked(ids)
+        prompt = self.prompt(ids, images)
+        checked = self._checked(prompt)
         check_count("first", first, 0, len(checked) - 1)
         runner, lock = self.runner, self.device.lock
         with lock:
             lease = runner.begin(checked, first)
         try:
+            features = await self._features(prompt, lease)
             while (start := lease.computed) < len(checked):
-                count = min(runner.prefill_chunk, len(checked) - start)
+                count = runner.next_count(lease)
                 if start + count <= first:
                     with lock:
-                        reading = runner.prefill(lease, count)
+                        reading = runner.prefill(lease, count, features)
                     await reading
                     continue
-                chunk = runner.chunk_logits(lease, count, max(first - start, 0))
+                chunk = runner.chunk_logits(lease, count, max(first - start, 0), features)
                 try:
                     while True:
                         with lock:
@@ -270,20 +397,26 @@ class Gemma:
             with lock:
                 lease.release()
 
-    def attention(self, ids: Sequence[int], layer: int) -> NDArray[np.float32]:
+    def attention(
+        self, ids: Sequence[int] | Prompt, layer: int, *, images: Sequence[object] = ()
+    ) -> NDArray[np.float32]:
         """Return where the heads of a layer look: float32 (heads, len(ids), len(ids)).
 
         `[h, i, j]` is the share of its attention that head `h` at token `i` gives to token `j`; a row sums up to 1. A
-        layer is global or sees `config.sliding_window` tokens, as `config.layer_types` says.
+        layer is global or sees `config.sliding_window` tokens, as `config.layer_types` says. `images` are those whose
+        soft tokens are among the ids; see `prompt`.
 
         Raises RequestError as `generate` does, for a layer that does not exist, and for more ids than
         `prefill_chunk`.
         """
-        return self.device.wait(self.attention_async(ids, layer))
+        return self.device.wait(self.attention_async(ids, layer, images=images))
 
-    async def attention_async(self, ids: Sequence[int], layer: int) -> NDArray[np.float32]:
+    async def attention_async(
+        self, ids: Sequence[int] | Prompt, layer: int, *, images: Sequence[object] = ()
+    ) -> NDArray[np.float32]:
         """Do what `attention` does, for an event loop."""
-        checked, runner = self._checked(ids), self.runner
+        prompt, runner = self.prompt(ids, images), self.runner
+        checked = self._checked(prompt)
         check_count("layer", layer, 0, self.config.num_hidden_layers - 1)
         length = len(checked)
         if length > runner.prefill_chunk:
@@ -291,10 +424,11 @@ class Gemma:
                 f"there are {length:,} ids; attention is computed for {runner.prefill_chunk:,} at most, the "
                 "prefill_chunk"
             )
+        features = await self._features(prompt, None)
         with self.device.lock:
             lease = runner.begin(checked, 0)
             try:
-                shape, reading_queries, reading_keys = runner.heads(lease, layer)
+                shape, reading_queries, reading_keys = runner.heads(lease, layer, features)
             finally:
                 lease.end("it was looked at")
         dtype = np.float16 if runner.half else np.float32
@@ -302,8 +436,11 @@ class Gemma:
         k = (await reading_keys).view(dtype).astype(np.float32).reshape(length, -1, shape.head_dim)
         k = np.repeat(k, shape.heads // shape.kv_heads, axis=1)
         scores = np.einsum("qhd,khd->hqk", q, k, optimize=True)  # the queries are scaled already
-        distance = np.arange(length)[:, None] - np.arange(length)
-        scores[:, (distance < 0) | (distance >= (shape.window or length))] = -np.inf
+        query, key = np.arange(length)[:, None], np.arange(length)
+        last = query.copy()
+        for start, stop in runs(checked) if shape.two_way else ():
+            last[start:stop] = stop - 1
+        scores[:, (key > last) | (query - key >= (shape.window or length))] = -np.inf
         shares: NDArray[np.float32] = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)
         return shares
@@ -353,13 +490,16 @@ class Gemma:
         if self._closed is not None:
             raise self._closed
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
+    def _checked(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt as the runner takes them, with keys in the place of images."""
         self._check_open()
+        ids, tokens = prompt.ids, self.vision.tokens if self.vision else None
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise RequestError(f"a prompt is a text or a list of token ids, not {type(ids).__name__}")
         vocab = self.config.vocab_size
-        checked = [self.tokenizer.checked(token) for token in ids]
-        if checked and max(checked) >= vocab:
+        soft = tokens.soft if tokens else None
+        checked = [token if token == soft else self.tokenizer.checked(token) for token in ids]
+        if soft is None and checked and max(checked) >= vocab:
             raise RequestError(f"token id {max(checked)} is outside the model's vocabulary of {vocab}")
         if not checked:
             raise RequestError("the prompt is empty; give at least one token")
@@ -369,12 +509,25 @@ class Gemma:
                 f"shorten it, or load the model with a longer one (it can have "
                 f"{self.config.max_position_embeddings:,})"
             )
-        return checked
+        return Prompt(checked, prompt.images).keyed(tokens, self.runner.prefill_chunk)
 
 
 def _is_batch(prompt: object) -> bool:
     """Say whether it is a list of texts, of lists of ids or of lists of messages."""
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(each, str | list) for each in prompt)
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(each, str | list | Prompt) for each in prompt)
+
+
+def _messages(messages: str | Sequence[Message]) -> Sequence[Message]:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def _views(source: object, size: int, pan_and_scan: bool) -> list[NDArray[np.float32]]:
+    """Return the pixels of an image, and those of its crops."""
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = fetch_picture(source, private=True)
+    picture = pictures.opened(source)
+    crops = pictures.crops(picture) if pan_and_scan else []
+    return [pictures.prepared(each, size) for each in (picture, *crops)]
 
 
 def load(
@@ -460,7 +613,7 @@ async def _load(
                     int8=int8,
                     tuning=tuning,
                     context_length=context_length,
-                    prefill_chunk=min(prefill_chunk, context_length),
+                    prefill_chunk=_prefill_chunk(prefill_chunk, context_length, model),
                     drawable=tokenizer.vocab_size,
                 )
             except DeviceError as error:
@@ -478,9 +631,9 @@ def expected_bytes(adapter: Adapter, weights: Weights, *, half: bool, context_le
     Raises DeviceError if a buffer is over the adapter's limits.
     """
     ledger = Ledger(adapter)
-    chunk = min(PREFILL_CHUNK, context_length)
     model = ledger.wait(weights.family.load(weights.config, Upload(ledger, weights, lambda _: None, empty=True)))
     weight_bytes = ledger.allocated
+    chunk = _prefill_chunk(PREFILL_CHUNK, context_length, model)
     runner = Runner(ledger, model, half=half, context_length=context_length, prefill_chunk=chunk)
     runner.fill()
     return {
@@ -499,6 +652,11 @@ def _half(precision: str, device: Device) -> bool:
     if precision == "auto":  # conversions, which a GPU does for free, make f16 slower on a CPU
         return has_half and device.info.type != "CPU"
     return precision == "f16"
+
+
+def _prefill_chunk(wanted: int, context_length: int, model: LanguageModel) -> int:
+    """Return the most tokens that are computed at once, which those of an image always are."""
+    return min(max(wanted, model.vision.tokens.count if model.vision else 0), context_length)
 
 
 def _int8(activations: str) -> bool:

@@ -1,5 +1,9 @@
-"""Checks the chat format against what the template that is published with Gemma 3 rendered."""
+"""Checks the chat format against what the template that is published with Gemma 3 rendered.
 
+What becomes of images is checked against what transformers' processor made of them: see record_image_prompts.py.
+"""
+
+import json
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -8,11 +12,13 @@ import pytest
 import tokenizers
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.tokens.chat import GEMMA3, Message
+from gemma_wgpu.tokens.chat import GEMMA3, ImageTokens, Message, text_with_images
 from gemma_wgpu.tokens.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
 from tests.vocabulary import Vocabulary, golden, random_text, read_vocabulary, rust_ids, rust_tokenizer
 
 CHATS = golden()["chats"]
+IMAGE_PROMPTS = json.loads(Path(__file__).with_name("data").joinpath("image_prompts.json").read_text())
+IMAGES = ImageTokens(**IMAGE_PROMPTS["image"])
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +141,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ([{"role": "user", "content": 1}], "message 0 has content of type int"),
         ([{"role": "user", "content": b"Hi"}], "message 0 has a part that is not"),
         ([{"role": "user", "content": ["Hi"]}], "message 0 has a part that is not"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "message 0 has a part that is not"),
+        ([{"role": "user", "content": [{"type": "audio", "url": "x"}]}], "message 0 has a part that is not"),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 0 has a part that is not"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "message 0 has a part that is not"),
     ],
@@ -151,3 +157,169 @@ def test_refuses_a_vocabulary_without_turns(vocabulary: Vocabulary) -> None:
     pieces = [piece.replace("_of_turn>", "_of_nothing>") for piece in vocabulary.pieces]
     with pytest.raises(ModelError, match="<start_of_turn>"):
         GEMMA3.encode(BPETokenizer(pieces, vocabulary.scores, vocabulary.types), [USER])
+
+
+SOFT = "<image_soft_token>"
+IMAGE = {"type": "image", "url": "image.png"}
+
+
+@pytest.fixture(scope="module")
+def soft_rust(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Return `rust` with the soft token, which the vocabulary of the file lacks."""
+    soft = tokenizers.Tokenizer.from_str(rust.to_str())
+    soft.add_special_tokens([SOFT])
+    assert soft.token_to_id(SOFT) == IMAGES.soft
+    return soft
+
+
+def user(*parts: object) -> Message:
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def whole(ids: list[Any]) -> list[int]:
+    """Return recorded ids, in which [n] stands for n soft tokens, at full length."""
+    return [token for item in ids for token in ([IMAGES.soft] * item[0] if isinstance(item, list) else [item])]
+
+
+def with_sequences(text: str, images: ImageTokens, crops: list[int]) -> str:
+    """Return `text` with images replaced by what the reference replaces them by, as text."""
+    sequence = f"\n\n<start_of_image>{SOFT * images.count}<end_of_image>\n\n"
+    first, *rest = text.split("<start_of_image>")
+    for after, count in zip(rest, crops, strict=True):
+        if count:
+            cropped = " ".join([sequence] * count)
+            first += f"Here is the original image {sequence} and here are some crops to help you see better {cropped}"
+        else:
+            first += sequence
+        first += after
+    return first
+
+
+@pytest.mark.parametrize("case", IMAGE_PROMPTS["chats"])
+def test_chats_with_images_are_as_recorded(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
+    messages, reply = case["messages"], case["reply"]
+    assert GEMMA3.render(messages, reply) == case["text"]
+    assert GEMMA3.images(messages) == ["image.png"] * len(case["sizes"])
+    assert GEMMA3.encode(tokenizer, messages, reply, images=IMAGES, crops=case["crops"]) == whole(case["ids"])
+
+
+@pytest.mark.parametrize("case", IMAGE_PROMPTS["texts"])
+def test_texts_with_images_are_as_recorded(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
+    assert text_with_images(tokenizer, case["text"], IMAGES, case["crops"]) == whole(case["ids"])
+
+
+def test_images_are_the_ids_of_their_text(
+    bpe: BPETokenizer, soft_rust: tokenizers.Tokenizer, vocabulary: Vocabulary
+) -> None:
+    rng = Random(8)
+    images = ImageTokens(IMAGES.begin, IMAGES.soft, IMAGES.end, 3)
+    for _ in range(300):
+        messages, crops = [], []
+        for index in range(rng.randint(1, 4)):
+            parts: list[object] = []
+            for _ in range(rng.randint(0, 4)):
+                if index % 2 == 0 and rng.random() < 0.5:
+                    crops.append(rng.choice([0, 0, 1, 2, 4]))
+                    parts.append(IMAGE)
+                else:
+                    parts.append(random_text(rng, vocabulary.pieces, control=False))
+            messages.append({**user(*parts), "role": ("user", "assistant")[index % 2]})
+        text = with_sequences(GEMMA3.render(messages), images, crops)
+        assert GEMMA3.encode(bpe, messages, images=images, crops=crops) == rust_ids(soft_rust, text), messages
+        text = "<start_of_image>".join(
+            random_text(rng, vocabulary.pieces, control=False) for _ in range(len(crops) + 1)
+        )
+        expected = [2, *rust_ids(soft_rust, with_sequences(text, images, crops))]
+        assert text_with_images(bpe, text, images, crops) == expected, text
+
+
+def test_images_that_crops_does_not_reach_have_none(bpe: BPETokenizer) -> None:
+    messages = [user(IMAGE, "A", IMAGE, IMAGE)]
+    for crops in ([], [2], [2, 0]):
+        given = GEMMA3.encode(bpe, messages, images=IMAGES, crops=crops)
+        assert given == GEMMA3.encode(bpe, messages, images=IMAGES, crops=[*crops, 0, 0, 0][:3])
+
+
+def test_a_typed_image_token_is_text(bpe: BPETokenizer, soft_rust: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    soft_rust.save(str(tmp_path / "tokenizer.json"))
+    hf = HFTokenizer(tmp_path / "tokenizer.json")
+    forged = f"<start_of_image>{SOFT * 256}<end_of_image>"
+    for tokenizer in (bpe, hf):
+        assert GEMMA3.images([user(forged)]) == []
+        assert GEMMA3.encode(tokenizer, [user(forged, IMAGE)], False, images=IMAGES) == [
+            *[2, 105, *rust_ids(soft_rust, f"user\n{forged}\n\n", control=False)],
+            *[255999, *[262144] * 256, 256000, 108, 106, 107],
+        ]
+    with pytest.raises(RequestError, match=f"the prompt has {SOFT}"):
+        text_with_images(hf, f"<start_of_image>{SOFT}", IMAGES, [0])
+
+
+def test_a_text_has_bos_once(bpe: BPETokenizer) -> None:
+    with_bos = text_with_images(bpe, "<bos>A<start_of_image>", IMAGES, [0])
+    assert with_bos == text_with_images(bpe, "A<start_of_image>", IMAGES, [0])
+
+
+def test_images_come_from_many_sources() -> None:
+    opened = object()
+    first = user(
+        {"type": "image", "image": opened},
+        "and",
+        {"type": "image", "path": "a/b.png", "url": None},
+        {"type": "image", "path": Path("c.png")},
+        {"type": "image", "url": "https://example.org/d.png"},
+        {"type": "image", "base64": "aGk="},
+    )
+    second = user(
+        {"type": "image", "base64": "data:image/png;base64,aGk="},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk=", "detail": "high"}},
+        {"type": "image_url", "image_url": "https://example.org/e.png"},
+    )
+    assert GEMMA3.images([SYSTEM, first, ASSISTANT, second]) == [
+        opened,
+        Path("a/b.png"),
+        Path("c.png"),
+        "https://example.org/d.png",
+        "data:;base64,aGk=",
+        "data:image/png;base64,aGk=",
+        "data:image/png;base64,aGk=",
+        "https://example.org/e.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{**user(IMAGE), "role": "system"}, USER], "message 0 has role system and an image"),
+        ([USER, {**user("Hi", IMAGE), "role": "model"}], "message 1 has role assistant and an image"),
+        ([user({"type": "image"})], "message 0 has an image with 0 sources"),
+        ([USER, ASSISTANT, user({**IMAGE, "path": "x"})], "message 2 has an image with 2 sources"),
+        ([user({"type": "image", "url": b"x"})], "message 0 has an image whose url is bytes"),
+        ([user({"type": "image", "base64": b"x"})], "message 0 has an image whose base64 is bytes"),
+        ([user({"type": "image", "path": 1})], "message 0 has an image whose path is int"),
+        ([user({"type": "image_url", "url": "x"})], "message 0 has an image with 0 sources; give it a url"),
+        ([user({"type": "image_url", "image_url": {"path": "x"}})], "message 0 has an image with 0 sources"),
+        ([user({"type": "image_url", "image_url": {"url": 1}})], "message 0 has an image whose url is int"),
+        ([user({"type": "image_url", "image_url": ["x"]})], "message 0 has an image whose url is list"),
+    ],
+)
+def test_refuses_images_that_are_none(bpe: BPETokenizer, messages: list[Message], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        GEMMA3.render(messages)
+    with pytest.raises(RequestError, match=message):
+        GEMMA3.images(messages)
+    with pytest.raises(RequestError, match=message):
+        GEMMA3.encode(bpe, messages, images=IMAGES)
+
+
+def test_a_model_of_text_refuses_images(bpe: BPETokenizer) -> None:
+    with pytest.raises(RequestError, match="message 3 has an image, but this model reads text only"):
+        GEMMA3.encode(bpe, [SYSTEM, USER, ASSISTANT, user("What?", IMAGE)])
+
+
+def test_refuses_another_number_of_images(bpe: BPETokenizer) -> None:
+    with pytest.raises(RequestError, match="crops has 2 entries, but the number of images in the chat is 1"):
+        GEMMA3.encode(bpe, [user(IMAGE)], images=IMAGES, crops=[0, 0])
+    with pytest.raises(RequestError, match="<start_of_image> in the prompt is 2, but that of its images is 1"):
+        text_with_images(bpe, "<start_of_image> <start_of_image>", IMAGES, [0])
+    with pytest.raises(RequestError, match="<start_of_image> in the prompt is 0, but that of its images is 1"):
+        text_with_images(bpe, "Hi", IMAGES, [2])

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu.engine.prompt import Image
 from gemma_wgpu.engine.runner import Draw, Mask
 from gemma_wgpu.engine.structured import Matcher
 from gemma_wgpu.options import Options
+from gemma_wgpu.progress import OnProgress
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 
 
@@ -71,11 +73,13 @@ class Stats:
     `finish_reason` is "eos" (the model ended its text), "stop" (a stop string came), "length" (max_new_tokens),
     "context" (the context is full), "constraint" (it became too complex to be kept), "interrupted", or None while the
     text is under way. `prefill_seconds` lasts until the first token, `decode_seconds` from there. `new_tokens` counts
-    the token that ended the text too, `reused_tokens` are those of the prompt that the cache held.
+    the token that ended the text too, `reused_tokens` are those of the prompt that the cache held, and
+    `encoded_images` are those of its images that had to be encoded.
     """
 
     prompt_tokens: int
     reused_tokens: int = 0
+    encoded_images: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -119,7 +123,8 @@ class _StopStrings:
 class Request:
     """A text that is asked for, and how far it is.
 
-    `prompt` are its token ids. `text` and `ids` are what has come so far. `pieces` are those that nobody has taken
+    `prompt` are its token ids; where an image's soft tokens are, it has the image's key. `images` are those of the
+    prompt. `text` and `ids` are what has come so far. `pieces` are those that nobody has taken
     yet, and `error` is why the text could not go on, if it could not. `mask` says which tokens may come next, if not
     all may.
     """
@@ -131,8 +136,12 @@ class Request:
         options: Options,
         context_length: int,
         matcher: Matcher | None = None,
+        images: Sequence[Image] = (),
+        progress: OnProgress | None = None,
     ) -> None:
         self.prompt = list(prompt)
+        self.images = {image.key: image for image in images}
+        self.progress = progress  # of the encoding of images
         self.options = options
         self.draw = Draw(options, options.drawn_seed())
         room = context_length - len(prompt) + 1

@@ -7,13 +7,15 @@ device's lock.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu.engine.encoder import Encoder
+from gemma_wgpu.engine.prompt import runs
 from gemma_wgpu.errors import DeviceError
 from gemma_wgpu.gpu.device import Buffer, Device, Program
 from gemma_wgpu.models.spec import LanguageModel
@@ -37,6 +39,9 @@ _COLDEST = 1e-4
 _SMALLEST = 2.0**-126  # that a GPU's float32 tells from 0
 
 Bytes = NDArray[np.uint8]
+Features = Mapping[int, NDArray[np.float32]]
+"""The features of images, float32 (tokens, hidden size), by the keys of the images."""
+NO_FEATURES: Features = {}
 
 Mask = Callable[[], NDArray[np.uint32]]
 """Says which tokens may be drawn next, a bit each: u32 (vocab_size / 32,) at most."""
@@ -74,8 +79,13 @@ class Row:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A step, recorded: its layers, the head that yields the logits, and what writes its hidden states instead."""
+    """A step, recorded: its layers, the head that yields the logits, and what writes its hidden states instead.
 
+    If other vectors may take the place of embeddings, `embedding` comes before the layers, and writes `embedded`.
+    """
+
+    embedding: Program | None
+    embedded: Value
     layers: Program
     head: Program
     hidden: Launch
@@ -87,7 +97,8 @@ class Runner:
     """A model on a device, with the cache of its sequences and all buffers that do not depend on the weights.
 
     `half` is F16 mode, `int8` rounds prompts' activations to 8 bits; `context_length` and `prefill_chunk` are in
-    tokens. Only token ids below `drawable` can be drawn. Raises DeviceError if the GPU's memory is exhausted.
+    tokens. Only token ids below `drawable` can be drawn. `encoder` reads images, if the model can. Raises DeviceError
+    if the GPU's memory is exhausted.
     """
 
     def __init__(
@@ -115,6 +126,7 @@ class Runner:
         self._ropes = RopeTables(device, model.ropes, context_length)
         self._norms = Norms(device)
         self._scratch = Scratch(device)
+        self.encoder = Encoder(device, self.kernels, self._norms, model.vision) if model.vision else None
         self._around = Surroundings(self.kernels, self._norms, self._ropes, self.cache, int8)
         self._steps: dict[tuple[str, int], _Recorded] = {}
         self._programs: dict[tuple[str, int], Program] = {}
@@ -136,6 +148,7 @@ class Runner:
             ("prompt state", _STATE_BYTES),
             ("prompt sampling", 4 * _SAMPLING_WORDS),
             ("prompt tokens", 4 * self.prefill_chunk),
+            *([("reach", 4 * self.prefill_chunk)] if self.encoder else []),
             ("states", rows * _STATE_BYTES),
             ("batch state", _STATE_BYTES),
             ("samplings", 4 * rows * _SAMPLING_WORDS),
@@ -205,8 +218,10 @@ class Runner:
             self._versions = versions
             self._forget_programs()
 
-    def _chunk_step(self, count: int) -> ChunkStep:
-        return ChunkStep(self._around, self._own["prompt state"], self._own["prompt tokens"], count)
+    def _chunk_step(self, count: int, *, images: bool = False) -> ChunkStep:
+        own = self._own
+        reach = own["reach"] if images else None
+        return ChunkStep(self._around, own["prompt state"], own["prompt tokens"], count, reach)
 
     def _token_step(self, *, prompt: bool) -> TokenStep:
         if prompt:
@@ -219,12 +234,15 @@ class Runner:
         own = self._own
         return BatchStep(self._around, own["states"], own["tokens"], count, own["batch state"])
 
-    def _chunk(self, count: int) -> _Recorded:
-        """Return what takes a chunk of up to the next power of two of `count` tokens through the layers."""
-        if count == 1:
+    def _chunk(self, lease: Lease, count: int) -> _Recorded:
+        """Make room for the next `count` tokens of a sequence; return what takes them through the layers."""
+        start = lease.computed
+        self._reserve(lease, start + count)
+        images = any(token < 0 for token in lease.ids[start : start + count])
+        if count == 1 and not images:
             return self._recorded("token", 1, self._token_step(prompt=True))
         size = self._chunk_size(count)
-        return self._recorded("chunk", size, self._chunk_step(size))
+        return self._recorded("image chunk" if images else "chunk", size, self._chunk_step(size, images=images))
 
     def _batch(self, count: int) -> _Recorded:
         """Return what takes one token of each of `count` sequences through the layers."""
@@ -234,13 +252,16 @@ class Runner:
         self._current()
         if (kind, count) not in self._steps:
             x = self.model.forward(step)
+            first = step.embedding_launches if kind == "image chunk" else 0
             layers = len(step.launches)
             hidden_out = Value("hidden states", step.count, len(x.norm.weight))
             hidden = step.hidden(x, hidden_out)
             step.logits(x, self.model.head, self._own["logits"])
             placed = self._scratch.place(step.launches)
             self._steps[kind, count] = _Recorded(
-                record(self.device, step.launches[:layers], placed),
+                record(self.device, step.launches[:first], placed) if first else None,
+                step.embedded,
+                record(self.device, step.launches[first:layers], placed),
                 record(self.device, step.launches[layers:], placed),
                 hidden,
                 hidden_out,
@@ -276,50 +297,86 @@ class Runner:
     # Prompts.
 
     def begin(self, ids: Sequence[int], most: int) -> Lease:
-        """Begin a sequence of `ids`, of which `most` at most may come from the cache."""
+        """Begin a sequence of `ids`, of which `most` at most may come from the cache.
+
+        Where an image's soft tokens are, `ids` has the image's key.
+        """
         lease = self.cache.lease(ids, most)
         try:
             self._make_buffers(rows=1, slots=self.cache.slots)
-            seen = seen_bits(np.array(ids, np.uint32), self.vocab_size)
+            seen = seen_bits(np.array([token for token in ids if token >= 0], np.uint32), self.vocab_size)
             self.device.write(self._own["seen"], seen, lease.slot * seen.nbytes)
         except BaseException:
             lease.end("it could not begin")
             raise
         return lease
 
-    def chunk(self, lease: Lease, count: int) -> Program:
-        """Make the next `count` tokens of a sequence, at most `prefill_chunk`, ready; return what computes them."""
-        start = lease.computed
-        self._reserve(lease, start + count)
-        recorded = self._chunk(count)
-        self._write_state("prompt state", lease, start, count)
-        ids = np.array(lease.ids[start : start + count], np.uint32)
-        self.device.write(self._own["prompt tokens"], ids)
+    def next_count(self, lease: Lease, most: int | None = None) -> int:
+        """Return how many tokens of a sequence the next chunk is for, `most` at most: it ends between two images."""
+        ids, start = lease.ids, lease.computed
+        stop = min(start + min(most or self.prefill_chunk, self.prefill_chunk), len(ids))
+        while stop < len(ids) and ids[stop - 1] < 0 and ids[stop] < 0:
+            stop -= 1
+        return stop - start
+
+    def chunk(self, lease: Lease, count: int, features: Features = NO_FEATURES) -> Program:
+        """Make the next `count` tokens of a sequence, at most `prefill_chunk`, ready; return what computes them.
+
+        `features` are those of the images among them, by key.
+        """
+        start, recorded = lease.computed, self._chunk(lease, count)
+        self._write_chunk(lease, start, count)
+        if recorded.embedding:
+            self.device.submit([recorded.embedding])
+            self._write_features(lease.ids[start : start + count], features, recorded.placed[recorded.embedded])
         lease.advance(start + count)
         return recorded.layers
 
-    def prefill(self, lease: Lease, count: int) -> Awaitable[object]:
+    def _write_chunk(self, lease: Lease, start: int, count: int) -> None:
+        """Write down where a chunk stands, and its tokens."""
+        self._write_state("prompt state", lease, start, count)
+        # What is looked up for a soft token is of no use.
+        ids = np.maximum(np.array(lease.ids[start : start + count], np.int64), 0).astype(np.uint32)
+        self.device.write(self._own["prompt tokens"], ids)
+
+    def _write_features(self, ids: Sequence[int], features: Features, embedded: Buffer) -> None:
+        """Put images' features into the place of embeddings, and write down which tokens see each other."""
+        assert self.encoder is not None
+        reach = np.arange(len(ids), dtype=np.uint32)
+        for start, stop in runs(ids):
+            reach[start:stop] = stop - 1
+            for first in range(start, stop, self.encoder.vision.tokens.count):
+                rows = features[ids[first]]
+                self.device.write(embedded, rows, 4 * first * rows.shape[1])
+        self.device.write(self._own["reach"], reach)
+
+    def prefill(self, lease: Lease, count: int, features: Features = NO_FEATURES) -> Awaitable[object]:
         """Compute the next `count` tokens of a sequence, at most `prefill_chunk`; wait until that is so."""
-        programs = [self.chunk(lease, count)]
+        programs = [self.chunk(lease, count, features)]
         return self.device.read(self._own["prompt state"], 0, 4, after=programs)
 
-    def finish(self, lease: Lease, count: int, draw: Draw, mask: Mask | None = None) -> Awaitable[Bytes]:
+    def finish(
+        self, lease: Lease, count: int, draw: Draw, mask: Mask | None = None, features: Features = NO_FEATURES
+    ) -> Awaitable[Bytes]:
         """Compute the last `count` tokens of a prompt, and draw the token after them, whose bytes are for `tokens`.
 
         `mask` is asked while the GPU computes the logits.
         """
-        programs = self.finish_programs(lease, count, draw)
+        programs = self.finish_programs(lease, count, draw, features)
         if mask is not None:
             self.device.submit(programs[:-1])
             self._write_masks([mask])
             programs = [self._mask_program(1), programs[-1]]
         return self.device.read(self._own["prompt state"], 0, _STATE_BYTES, after=programs)
 
-    def finish_programs(self, lease: Lease, count: int, draw: Draw) -> list[Program]:
+    def finish_programs(
+        self, lease: Lease, count: int, draw: Draw, features: Features = NO_FEATURES
+    ) -> list[Program]:
         """Make what `finish` submits without a mask ready, and return it."""
-        layers = self.chunk(lease, count)
+        recorded = self._chunk(lease, count)
+        layers = self.chunk(lease, count, features)
         self.device.write(self._own["prompt sampling"], draw.words())
-        return [layers, self._chunk(count).head, self._sample_program("prompt state", "prompt sampling", 1)]
+        return [layers, recorded.head, self._sample_program("prompt state", "prompt sampling", 1)]
 
     # Steps of one token.
 
@@ -407,7 +464,9 @@ class Runner:
 
     # What looks into the model.
 
-    def chunk_logits(self, lease: Lease, count: int, first: int) -> Generator[Awaitable[Bytes], None, None]:
+    def chunk_logits(
+        self, lease: Lease, count: int, first: int, features: Features = NO_FEATURES
+    ) -> Generator[Awaitable[Bytes], None, None]:
         """Compute the next `count` tokens of a sequence; yield the logits after those from number `first` of them on.
 
         Each item is float32 (n, vocab_size) for the next n tokens. Other steps may run between two items.
@@ -426,8 +485,8 @@ class Runner:
         ]
         hidden, some, logits, state = buffers
         try:
-            recorded = self._chunk(count)
-            layers = self.chunk(lease, count)
+            recorded = self._chunk(lease, count)
+            layers = self.chunk(lease, count, features)
             keep = record(self.device, [recorded.hidden], recorded.placed | {recorded.hidden_out: hidden})
             step: Step = ChunkStep(self._around, state, self._own["prompt tokens"], n)
             if count == 1:
@@ -447,7 +506,9 @@ class Runner:
     def _chunk_size(self, count: int) -> int:
         return 1 if count == 1 else min(max(_SMALLEST_CHUNK, 1 << (count - 1).bit_length()), self.prefill_chunk)
 
-    def heads(self, lease: Lease, layer: int) -> tuple[Attention, Awaitable[Bytes], Awaitable[Bytes]]:
+    def heads(
+        self, lease: Lease, layer: int, features: Features = NO_FEATURES
+    ) -> tuple[Attention, Awaitable[Bytes], Awaitable[Bytes]]:
         """Take all tokens of a sequence, at most `prefill_chunk`, as far as the attention of layer `layer`.
 
         Returns that attention, and its queries (scaled) and keys, normed and rotated: half (tokens, heads, head_dim).
@@ -455,12 +516,16 @@ class Runner:
         count = len(lease.ids)
         self._reserve(lease, count)
         self._current()
-        step = _Probe(self._around, self._own["prompt state"], self._own["prompt tokens"], count, layer)
+        own, images = self._own, any(token < 0 for token in lease.ids)
+        reach = own["reach"] if images else None
+        step = _Probe(self._around, own["prompt state"], own["prompt tokens"], count, layer, reach)
         found = step.run(self.model)
         placed = self._scratch.place(step.launches, (found.queries, found.keys))
-        program = record(self.device, step.launches, placed)
-        self._write_state("prompt state", lease, 0, count)
-        self.device.write(self._own["prompt tokens"], np.array(lease.ids, np.uint32))
+        self._write_chunk(lease, 0, count)
+        self.device.submit([record(self.device, step.launches[: step.embedding_launches], placed)])
+        if images:
+            self._write_features(lease.ids, features, placed[step.embedded])
+        program = record(self.device, step.launches[step.embedding_launches :], placed)
         queries = self.device.read(placed[found.queries], 0, found.queries.nbytes, after=[program])
         return found.attention, queries, self.device.read(placed[found.keys], 0, found.keys.nbytes)
 
@@ -476,8 +541,16 @@ class _FoundError(Exception):
 class _Probe(ChunkStep):
     """Goes through the layers up to one attention."""
 
-    def __init__(self, around: Surroundings, states: Buffer, tokens: Buffer, count: int, layer: int) -> None:
-        super().__init__(around, states, tokens, count)
+    def __init__(
+        self,
+        around: Surroundings,
+        states: Buffer,
+        tokens: Buffer,
+        count: int,
+        layer: int,
+        reach: Buffer | None,
+    ) -> None:
+        super().__init__(around, states, tokens, count, reach)
         self._layers_left = layer
 
     def run(self, model: LanguageModel) -> _FoundError:

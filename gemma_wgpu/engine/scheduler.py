@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu.engine.encoder import Encoding
+from gemma_wgpu.engine.prompt import Image
 from gemma_wgpu.engine.request import Request
 from gemma_wgpu.engine.runner import Mask, Row, Runner
 from gemma_wgpu.errors import DeviceError, RequestError
@@ -48,10 +50,21 @@ class _Running:
 
 @dataclass(eq=False)
 class _Prompt:
-    """A text whose prompt is on its way through the model, chunk by chunk."""
+    """A text whose prompt is on its way: first its images, one by one, and then the chunks of its tokens.
+
+    `left` are the images that have no `features` yet, and `encoding` is the one of them that is on its way.
+    """
 
     request: Request
     lease: Lease
+    left: deque[Image] = field(default_factory=deque)
+    features: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    encoding: Encoding | None = None
+
+    def close(self) -> None:
+        """Encode no further."""
+        if self.encoding:
+            self.encoding.close()
 
 
 @dataclass(eq=False)
@@ -62,6 +75,7 @@ class _Step:
     texts: list[_Running]
     reading: Awaitable[object]
     logits: dict[int, Awaitable[Bytes]] = field(default_factory=dict)
+    encoding: Encoding | None = None  # an image's, if this is a step of it
 
 
 class Scheduler:
@@ -118,7 +132,7 @@ class Scheduler:
                 request.fail(error)
             self._waiting.clear()
             self._running.clear()
-            self._prompt = None
+            self._end_prompt()
             self.runner.cache.forget(str(error))
 
     def close(self, error: Exception) -> None:
@@ -176,7 +190,10 @@ class Scheduler:
         if prompt is None or sum(not step.texts for step in self._steps) >= _PROMPT_STEPS:
             return
         try:
-            self._submit_chunk(prompt)
+            if prompt.left or prompt.encoding:
+                self._encode(prompt)
+            else:
+                self._submit_chunk(prompt)
         except Exception as error:
             self._fail_alone(prompt.request, error)
 
@@ -196,21 +213,37 @@ class Scheduler:
         self._waiting.popleft()
         request.begin()
         request.stats.reused_tokens = lease.reused
-        return _Prompt(request, lease)
+        keys = dict.fromkeys(token for token in request.prompt[lease.computed :] if token < 0)
+        return _Prompt(request, lease, deque(request.images[key] for key in keys))
+
+    def _encode(self, prompt: _Prompt) -> None:
+        """Submit the next step of an image's encoding, or begin with the next image."""
+        encoder, encoding = self.runner.encoder, prompt.encoding
+        assert encoder is not None
+        if encoding is None:
+            image = prompt.left.popleft()
+            features = encoder.features(image)
+            if features is not None:
+                prompt.features[image.key] = features
+                return
+            prompt.encoding = encoding = encoder.begin(image)
+            prompt.request.stats.encoded_images += 1
+        if encoding.submitted < encoding.steps:
+            self._steps.append(_Step([prompt.request], [], encoding.submit(), encoding=encoding))
 
     def _submit_chunk(self, prompt: _Prompt) -> None:
         runner, request, lease = self.runner, prompt.request, prompt.lease
-        left = len(request.prompt) - lease.computed
-        if left > runner.prefill_chunk:
-            self._steps.append(_Step([request], [], runner.prefill(lease, runner.prefill_chunk)))
+        count = runner.next_count(lease)
+        if lease.computed + count < len(request.prompt):
+            self._steps.append(_Step([request], [], runner.prefill(lease, count, prompt.features)))
             return
-        reading = runner.finish(lease, left, request.draw, self._mask(request))
+        reading = runner.finish(lease, count, request.draw, self._mask(request), prompt.features)
         running = _Running(request, Row(lease, len(request.prompt), request.draw))
         logits = {} if request.options.logprobs is None else {0: runner.read_logits()}
         self._steps.append(_Step([request], [running], reading, logits))
         if not request.ended:  # by its mask
             self._running[request] = running
-            self._prompt = None
+            self._end_prompt()
 
     # Steps of one token.
 
@@ -277,9 +310,11 @@ class Scheduler:
         return guarded
 
     def _receive(self, step: _Step, data: object, logits: dict[int, Bytes]) -> None:
+        assert isinstance(data, np.ndarray)
+        if step.encoding:
+            self._receive_encoding(step.encoding, data)
         if not step.texts:
             return
-        assert isinstance(data, np.ndarray)
         tokens = self.runner.tokens(data)
         for index, (text, token) in enumerate(zip(step.texts, tokens, strict=True)):
             text.received += 1
@@ -295,7 +330,23 @@ class Scheduler:
             if request.ended:
                 self._let_go(request)
 
+    def _receive_encoding(self, encoding: Encoding, data: Bytes) -> None:
+        prompt = self._prompt
+        if prompt is None or prompt.encoding is not encoding:  # it was interrupted
+            return
+        features = encoding.receive(data)
+        if features is not None:
+            prompt.features[encoding.image.key] = features
+            prompt.encoding = None
+        if prompt.request.progress:
+            prompt.request.progress(encoding.progress)
+
     # Ends.
+
+    def _end_prompt(self) -> None:
+        if self._prompt:
+            self._prompt.close()
+            self._prompt = None
 
     def _fail_alone(self, request: Request, error: Exception) -> None:
         request.fail(error)
@@ -315,7 +366,7 @@ class Scheduler:
         if request in self._waiting:
             self._waiting.remove(request)
         if self._prompt and self._prompt.request is request:
-            self._prompt = None
+            self._end_prompt()
         self._running.pop(request, None)
         if lease is not None:
             lease.release()

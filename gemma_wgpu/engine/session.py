@@ -36,7 +36,7 @@ async def save(runner: Runner, fingerprint: str, path: Path) -> None:
             "format": np.array(_FORMAT),
             "model": np.array(fingerprint),
             "half": np.array(runner.half),
-            "ids": np.array(ids, np.uint32),
+            "ids": np.array(ids, np.int64),
             "oldest": np.array(oldest),
         }
         reading = {
@@ -53,7 +53,9 @@ async def save(runner: Runner, fingerprint: str, path: Path) -> None:
 
 
 def restore(runner: Runner, fingerprint: str, path: Path) -> list[int]:
-    """Put what `save` wrote into the cache of the same model. Returns the tokens.
+    """Put what `save` wrote into the cache of the same model.
+
+    Returns the tokens; where an image stood, they are negative numbers that tell its content.
 
     Raises RequestError for a file that is damaged, of another model or precision, or longer than the context, and
     DeviceError if the GPU's memory is exhausted.

@@ -10,7 +10,6 @@ from enum import Enum
 from typing import Any, Protocol, Self
 
 import numpy as np
-
 from numpy.typing import NDArray
 
 from gemma_wgpu.ops.encoder import EncoderStep, LayerNorm
@@ -121,8 +120,8 @@ class Loader(Protocol):
 class VisionModel(ABC):
     """A tower that reads images: pixels in, and out come the vectors that take the place of an image's soft tokens.
 
-    An image has `image_size` x `image_size` pixels of three colours, and the tower reads it in patches of `patch_size`
-    x `patch_size`. `tokens` says how an image stands in a prompt.
+    An image has `image_size` x `image_size` pixels of three colours, and the tower reads it in patches of
+    `patch_size` x `patch_size`. `tokens` says how an image stands in a prompt.
     """
 
     image_size: int

@@ -102,9 +102,10 @@ class Rows:
 class Stored:
     """A sequence in the cache.
 
-    `ids` are the tokens that are known. `computed` positions went through the layers; those of them past the end of
-    `ids` are of no use. `oldest` is the first position that its ring with a window still holds. `moved` is higher the
-    later the sequence last moved on.
+    `ids` are the tokens that are known. A negative one tells the content of the image whose soft token is there; a
+    run of them is a block, whose tokens see each other. `computed` positions went through the layers; those of them
+    past the end of `ids` are of no use. `oldest` is the first position that its ring with a window still holds.
+    `moved` is higher the later the sequence last moved on.
     """
 
     rings: list[Ring]
@@ -116,11 +117,15 @@ class Stored:
     def common(self, ids: Sequence[int], most: int, window: int) -> int:
         """Return how many of `ids`, `most` at most, begin the sequence and need not be computed.
 
-        A query after them must see its whole window: what a ring has lost cannot be gone back to.
+        A query after them must see its whole window: what a ring has lost cannot be gone back to. Nor can the cut be
+        inside a block, whose beginning depends on its end.
         """
         most = min(most, self.computed, len(self.ids))
         differ = np.flatnonzero(np.not_equal(self.ids[:most], ids[:most]))
         found = int(differ[0]) if len(differ) else most
+        if any(other[found : found + 1] and other[found] < 0 for other in (ids, self.ids)):
+            while found and ids[found - 1] < 0:
+                found -= 1
         return found if not self.oldest or found >= self.oldest + window - 1 else 0
 
 

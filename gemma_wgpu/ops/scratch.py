@@ -23,6 +23,12 @@ class Scratch:
         """Return the bytes of all buffers."""
         return sum(buffer.size for buffer in self._buffers)
 
+    def close(self) -> None:
+        """Free all buffers. Idempotent."""
+        for buffer in self._buffers:
+            buffer.destroy()
+        self._buffers.clear()
+
     def place(self, launches: Sequence[Launch], kept: Collection[Value] = ()) -> dict[Value, Buffer]:
         """Return a buffer for each value of some launches that run in this order; the `kept` ones last to the end.
 

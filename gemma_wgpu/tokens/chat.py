@@ -1,16 +1,49 @@
-"""Chats: messages become a prompt, just as the chat template that is published with a model renders them."""
+"""Chats: messages become a prompt, just as the chat template that is published with a model renders them.
+
+An image in a prompt is a fixed number of tokens, whose embeddings come from the vision model.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from pathlib import Path, PurePath
+from typing import Any
 
 from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.tokens.tokenizer import BOS, Tokenizer
 
 Message = Mapping[str, object]
 """A message has a "role" ("system", only in front; "user"; "assistant" or "model") and a "content", which is a str or
-a list of {"type": "text", "text": str}."""
+a list of parts. A part is {"type": "text", "text": str} or, in a user's message, an image: {"type": "image"} with one
+of "image", "path", "url" and "base64", or {"type": "image_url", "image_url": {"url": str}}."""
+
+_IMAGE = "<start_of_image>"
+_SOURCES = ("image", "path", "url", "base64")
+# Newlines stand around every image, and these texts around an image that has crops, which follow it.
+_NEWLINES = "\n\n"
+_ORIGINAL = "Here is the original image "
+_CROPS = " and here are some crops to help you see better "
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The ids that an image is in a prompt: `begin`, `count` times `soft`, and `end`.
+
+    The vision model replaces the embeddings of `soft`. This id may lie outside of the tokenizer's vocabulary.
+    """
+
+    begin: int
+    soft: int
+    end: int
+    count: int
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of one image."""
+        return [self.begin, *[self.soft] * self.count, self.end]
 
 
 class ChatTemplate(ABC):
@@ -20,17 +53,33 @@ class ChatTemplate(ABC):
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Return the prompt as text, for people to read: a control token that a user typed looks like a real one.
 
-        If `add_generation_prompt` is true, the prompt ends with the beginning of a reply. Raises RequestError, which
-        names the index of the message at fault.
+        An image is "<start_of_image>". If `add_generation_prompt` is true, the prompt ends with the beginning of a
+        reply. Raises RequestError, which names the index of the message at fault.
+        """
+
+    @abstractmethod
+    def images(self, messages: Sequence[Message]) -> list[object]:
+        """Return what the image parts of all messages hold, in order.
+
+        That is the value of "image" as it is, a Path for "path", a str for "url", and a data URI for "base64". Raises
+        RequestError as `render` does.
         """
 
     @abstractmethod
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        images: ImageTokens | None = None,
+        crops: Sequence[int] = (),
     ) -> list[int]:
         """Return the prompt as ids: those of the rendered text, except that control tokens in a message are text.
 
-        Raises RequestError as `render` does, and ModelError if the vocabulary has no tokens for chats.
+        Image i of the chat becomes the ids `images`, and so does each of its `crops[i]` crops; images that `crops`
+        does not reach have none. Raises RequestError as `render` does, if there is an image but `images` is None, and
+        if `crops` has more entries than there are images; and ModelError if the vocabulary has no tokens for chats.
         """
 
 
@@ -46,19 +95,42 @@ class Gemma3Chat(ChatTemplate):
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Return the prompt as text."""
-        turns = [f"{self._start}{turn}{self._end}" for turn in _turns(messages)]
+        turns = [f"{self._start}{_IMAGE.join(turn.texts)}{self._end}" for turn in _turns(messages)]
         return "".join([BOS, *turns, self._start + self._reply if add_generation_prompt else ""])
 
+    def images(self, messages: Sequence[Message]) -> list[object]:
+        """Return what the image parts of all messages hold, in order."""
+        return [image for turn in _turns(messages) for image in turn.images]
+
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        images: ImageTokens | None = None,
+        crops: Sequence[int] = (),
     ) -> list[int]:
         """Return the prompt as ids."""
         start, end = (tokenizer.encode(marker, bos=False) for marker in (self._start, self._end))
         if not {start[0], end[0]} <= tokenizer.control_ids:
             raise ModelError("the vocabulary has no <start_of_turn> and <end_of_turn>; this model cannot chat")
+        turns = _turns(messages)
+        number = sum(len(turn.images) for turn in turns)
+        if len(crops) > number:
+            raise RequestError(
+                f"crops has {len(crops)} entries, but the number of images in the chat is {number}; give one for each"
+            )
+        left = chain(crops, repeat(0))
         ids = [tokenizer.bos_id]
-        for turn in _turns(messages):
-            ids += [*start, *tokenizer.encode(turn, bos=False, control=False), *end]
+        for turn in turns:
+            if turn.images and images is None:
+                raise RequestError(
+                    f"message {turn.index} has an image, but this model reads text only; leave the image out, or "
+                    "load a model that reads images"
+                )
+            texts = _spread(turn.texts, islice(left, len(turn.images)))
+            ids += [*start, *_encode(tokenizer, texts, images, control=False), *end]
         if add_generation_prompt:
             ids += [*start, *tokenizer.encode(self._reply, bos=False)]
         return ids
@@ -67,23 +139,78 @@ class Gemma3Chat(ChatTemplate):
 GEMMA3 = Gemma3Chat()
 
 
-def _turns(messages: Sequence[Message]) -> list[str]:
-    """Return the texts between the control tokens of each turn: the role, a newline and the message."""
+def text_with_images(tokenizer: Tokenizer, text: str, images: ImageTokens, crops: Sequence[int]) -> list[int]:
+    """Return the ids of a prompt that is no chat, with BOS in front: each "<start_of_image>" in `text` is an image.
+
+    `crops` has an entry for each image: how many crops it has. Other control tokens in `text` are control tokens.
+    Raises RequestError if `text` has another number of images, or has soft tokens of its own.
+    """
+    texts = text.split(_IMAGE)
+    if len(texts) - 1 != len(crops):
+        raise RequestError(
+            f"the number of {_IMAGE} in the prompt is {len(texts) - 1}, but that of its images is {len(crops)}; "
+            "write one for each image"
+        )
+    texts = _spread(texts, crops)
+    ids = _encode(tokenizer, texts, images, control=True)
+    if ids.count(images.soft) != images.count * (len(texts) - 1):
+        raise RequestError(f"the prompt has <image_soft_token>, which only images have; write {_IMAGE} for an image")
+    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+
+
+def _spread(texts: Sequence[str], crops: Iterable[int]) -> list[str]:
+    """Return the texts around images and their crops, from those around the images; `crops` are how many each has."""
+    spread = [texts[0]]
+    for text, count in zip(texts[1:], crops, strict=True):
+        if count:
+            spread[-1] += _ORIGINAL
+            spread += [_CROPS, *[" "] * (count - 1)]
+        spread.append(text)
+    return spread
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], images: ImageTokens | None, control: bool) -> list[int]:
+    """Return the ids of `texts` with an image between each two of them; without images there is one text."""
+    ids: list[int] = []
+    for at, text in enumerate(texts):
+        if at and images:
+            ids += images.ids
+        # The newlines around an image become one token with those of the text beside it.
+        before = _NEWLINES if at else ""
+        after = _NEWLINES if at + 1 < len(texts) else ""
+        ids += tokenizer.encode(before + text + after, bos=False, control=control)
+    return ids
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What stands between the control tokens of message `index`: texts, and an image between each two of them.
+
+    The first text begins with the role and a newline.
+    """
+
+    index: int
+    texts: list[str]
+    images: list[object]
+
+
+def _turns(messages: Sequence[Message]) -> list[_Turn]:
+    """Return the turns of a chat."""
     if not isinstance(messages, Sequence):
         raise RequestError(f"a chat is a list of messages, not {type(messages).__name__}")
     roles = [_role(message, index) for index, message in enumerate(messages)]
     if roles in ([], ["system"]):
         raise RequestError(f"message {len(roles)} is missing; a chat needs a user message")
     first = int(roles[0] == "system")
-    # The template strips every text but the system's.
-    preface = "".join(_texts(messages[0], 0)) + "\n\n" if first else ""
+    preface = _content(messages[0], 0, "system")[0][0] + "\n\n" if first else ""
     turns = []
     for index in range(first, len(roles)):
         expected = "assistant" if (index - first) % 2 else "user"
         if roles[index] != expected:
             raise RequestError(f"message {index} has role {roles[index]} where {expected} must stand")
-        text = "".join(part.strip() for part in _texts(messages[index], index))
-        turns.append(f"{'user' if expected == 'user' else 'model'}\n{preface}{text}")
+        texts, images = _content(messages[index], index, expected)
+        texts[0] = f"{'user' if expected == 'user' else 'model'}\n{preface}{texts[0]}"
+        turns.append(_Turn(index, texts, images))
         preface = ""
     return turns
 
@@ -98,17 +225,53 @@ def _role(message: Message, index: int) -> str:
     raise RequestError(f"message {index} has role {role!r}; give it a role of system, user or assistant")
 
 
-def _texts(message: Message, index: int) -> list[str]:
-    """Return the texts that the content of a message is made of."""
+def _content(message: Message, index: int, role: str) -> tuple[list[str], list[object]]:
+    """Return the texts of a message and its images, of which one stands between each two texts."""
     content = message.get("content")
     if isinstance(content, str):
-        return [content]
+        content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
         raise RequestError(f"message {index} has content of type {type(content).__name__}; it must be text")
-    texts = []
+    texts = [""]
+    images = []
     for part in content:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("image", "image_url"):
+            if role != "user":
+                raise RequestError(
+                    f"message {index} has role {role} and an image; only a user message may have images"
+                )
+            images.append(_image(part, index))
+            texts.append("")
+            continue
+        text = part.get("text") if kind == "text" else None
         if not isinstance(text, str):
-            raise RequestError(f'message {index} has a part that is not {{"type": "text", "text": ...}}')
-        texts.append(text)
-    return texts
+            raise RequestError(
+                f'message {index} has a part that is not {{"type": "text", "text": ...}} or '
+                '{"type": "image", "url": ...}'
+            )
+        # The template strips every text but the system's.
+        texts[-1] += text if role == "system" else text.strip()
+    return texts, images
+
+
+def _image(part: Mapping[str, Any], index: int) -> object:
+    """Return what an image part holds: see `ChatTemplate.images`."""
+    if part["type"] == "image_url":
+        nested = part.get("image_url")
+        part = nested if isinstance(nested, Mapping) else {"url": nested}
+        sources: tuple[str, ...] = ("url",)
+    else:
+        sources = _SOURCES
+    given = [(source, part[source]) for source in sources if part.get(source) is not None]
+    if len(given) != 1:
+        wanted = "a url" if sources == ("url",) else "exactly one of image, path, url and base64"
+        raise RequestError(f"message {index} has an image with {len(given)} sources; give it {wanted}")
+    source, value = given[0]
+    if source == "image":
+        return value
+    if source == "path" and isinstance(value, (str, PurePath)):
+        return Path(value)
+    if not isinstance(value, str):
+        raise RequestError(f"message {index} has an image whose {source} is {type(value).__name__}; it must be a str")
+    return f"data:;base64,{value}" if source == "base64" and not value.startswith("data:") else value

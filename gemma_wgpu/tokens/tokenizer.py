@@ -147,6 +147,27 @@ class TokenStream:
         return text
 
 
+class NoTokenizer(Tokenizer):
+    """Stands in for a tokenizer that a model lacks: ids are ids, and text raises RequestError, which says `why`.
+
+    No token ends a text, and the text of ids is empty.
+    """
+
+    def __init__(self, vocab_size: int, why: str) -> None:
+        self.vocab_size, self.bos_id = vocab_size, -1
+        self.eos_ids = self.control_ids = self.byte_ids = frozenset()
+        self._why = why
+
+    def _piece(self, token: int) -> str:
+        return ""
+
+    def _encode(self, text: str, control: bool) -> list[int]:
+        raise RequestError(self._why)
+
+    def _decode(self, ids: list[int], control: bool) -> str:
+        return ""
+
+
 class HFTokenizer(Tokenizer):
     """A tokenizer.json, through Hugging Face's `tokenizers`.
 

@@ -12,7 +12,7 @@ from gemma_wgpu.errors import ModelError
 from gemma_wgpu.files import reason
 from gemma_wgpu.models.registry import family_of_hf
 from gemma_wgpu.models.spec import Family
-from gemma_wgpu.tokens.tokenizer import HFTokenizer, Tokenizer
+from gemma_wgpu.tokens.tokenizer import HFTokenizer, NoTokenizer, Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
 from gemma_wgpu.weights import encodings
 from gemma_wgpu.weights.stored import MappedFile, StoredCheckpoint, StoredTensor
@@ -73,8 +73,17 @@ class SafetensorsCheckpoint(StoredCheckpoint):
         return Vocabulary.from_tokenizer_json(self.path / _TOKENIZER)
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of tokenizer.json. Raises ModelError if it is missing or damaged."""
-        return HFTokenizer(self.path / _TOKENIZER)
+        """Return the tokenizer of tokenizer.json, or one that takes no text if there is no such file.
+
+        Raises ModelError if it is damaged.
+        """
+        path = self.path / _TOKENIZER
+        if not path.exists():
+            return NoTokenizer(
+                self.config.vocab_size,
+                f"{path}: there is no such file, so this model takes token ids only, and no text; download the file",
+            )
+        return HFTokenizer(path)
 
 
 def _shards(path: Path) -> list[Path]:

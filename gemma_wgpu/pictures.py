@@ -1,0 +1,338 @@
+"""Pictures as people have them, made into the pixels that the vision tower of Gemma 3 takes.
+
+Pillow is imported when the first picture comes, so that whoever uses text alone does not need it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from types import ModuleType
+from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.errors import RequestError
+from gemma_wgpu.options import Range
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
+
+MOST_PIXELS = 100_000_000
+"""A picture may have so many pixels."""
+MOST_SIDE = 65_535
+"""A picture may be so many pixels wide or high. Beyond that, making it smaller takes gigabytes of memory."""
+MOST_BYTES = 50_000_000
+"""The file of a picture may have so many bytes."""
+
+_KINDS = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+_TAKEN = (
+    "a PIL image, a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4), the bytes of an image file, a path, or a "
+    "data: URI"
+)
+_LONGEST_PATH = 4096  # characters
+_PICTURE = "the picture"
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+_FILE = re.compile(r"file:", re.IGNORECASE)
+_DATA = re.compile(r"data:", re.IGNORECASE)
+
+# Pictures are decoded one at a time: a large one takes a gigabyte, and Python's way to silence warnings is not made
+# for several threads.
+_DECODING = Lock()
+
+
+def opened(source: object, *, files: bool = True) -> Image:
+    """Return a picture as a PIL image of mode RGB, turned as its EXIF orientation says.
+
+    `source` is a PIL image, a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4), the bytes of an image file, a path
+    (str or Path), or a data: URI (str). Without `files`, paths are refused. The kinds of files are PNG, JPEG, WebP,
+    GIF, BMP and TIFF. Of several frames, the first is taken.
+
+    What is transparent is laid over white, as the reference's image processor does. Levels of 16 bits are divided by
+    256.
+
+    Raises RequestError, whose sentence begins with the path or with "the picture", if `source` is something else, is
+    damaged, or is above MOST_PIXELS, MOST_SIDE or MOST_BYTES.
+    """
+    pil = _pil()
+    if isinstance(source, pil.Image):
+        return _rgb(source, _PICTURE)
+    if isinstance(source, np.ndarray):
+        return _rgb(_from_array(source), _PICTURE)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decoded(bytes(source), _PICTURE)
+    if isinstance(source, str) and _DATA.match(source):
+        return _decoded(_from_data_uri(source), _PICTURE)
+    if isinstance(source, str | Path):
+        path = _path(source, files)
+        return _decoded(_read(path), str(path))
+    raise RequestError(f"{_PICTURE} is of type {type(source).__name__}; give {_TAKEN}")
+
+
+def prepared(image: Image, size: int) -> NDArray[np.float32]:
+    """Return the pixels of an image of mode RGB, float32 of shape (3, size, size), from -1 (black) to 1 (white).
+
+    The image is resized straight to a square, whatever its shape, with Pillow's bilinear filter, and rounded to 256
+    levels. The values equal those of the reference's processor that uses Pillow. They differ by at most one of 256
+    levels (0.0079) from those of its processor that uses torchvision.
+    """
+    from PIL.Image import Resampling
+
+    square = image.resize((size, size), Resampling.BILINEAR)
+    levels = np.asarray(square, dtype=np.float32).transpose(2, 0, 1)
+    return np.ascontiguousarray((levels / 255 - 0.5) / 0.5)
+
+
+def crops(image: Image, *, min_crop: int = 256, max_crops: int = 4, ratio: float = 1.2) -> list[Image]:
+    """Return the parts of a long image that a model should see beside the whole ("pan and scan").
+
+    An image whose long side is at least `ratio` times its short side is cut across its long side, into at least two
+    and at most `max_crops` parts that are about square. The last part may be a little smaller. There are none if a
+    side of a part would have less than `min_crop` pixels.
+
+    Raises RequestError, which names the option, for an option that is out of range.
+    """
+    Range("", 1, None, whole=True).check("min_crop", min_crop)
+    Range("", 2, None, whole=True).check("max_crops", max_crops)
+    Range("", 1, 1000).check("ratio", ratio)
+    width, height = image.size
+    long, short = max(width, height), min(width, height)
+    if long / short < ratio:
+        return []
+    count = min(max(min(math.floor(long / short + 0.5), long // min_crop), 2), max_crops)
+    side = math.ceil(long / count)
+    if min(side, short) < min_crop:
+        return []
+    ranges = [(start, min(start + side, long)) for start in range(0, long, side)]
+    if width >= height:
+        return [image.crop((start, 0, end, height)) for start, end in ranges]
+    return [image.crop((0, start, width, end)) for start, end in ranges]
+
+
+def normalized(source: object, size: int) -> NDArray[np.float32] | None:
+    """Return a copy of pixels that are prepared already, float32 of shape (3, size, size); None for another source.
+
+    An array of floating-point numbers counts as prepared. Raises RequestError if such an array has another shape, or
+    a value that is not a finite float32.
+    """
+    if not isinstance(source, np.ndarray) or not np.issubdtype(source.dtype, np.floating):
+        return None
+    if source.shape != (3, size, size):
+        raise RequestError(
+            f"{_PICTURE} is a {source.dtype} array of shape {source.shape}; an array of floating-point numbers must "
+            f"have the shape (3, {size}, {size}) and values from -1 to 1, and an array of levels must be uint8"
+        )
+    with np.errstate(over="ignore"):
+        pixels = np.array(source, dtype=np.float32, order="C")
+    if not np.isfinite(pixels).all():
+        raise RequestError(f"{_PICTURE} has values that are not finite numbers; give values from -1 to 1")
+    return pixels
+
+
+def key(pixels: NDArray[np.float32]) -> int:
+    """Return a number that stands for the content of prepared pixels: below 0, and at least -2**62.
+
+    It is -1 minus the first 62 bits of the SHA-256 of the pixels, so it never is a token's id.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(pixels, dtype="<f4").tobytes()).digest()
+    return -1 - (int.from_bytes(digest[:8], "big") >> 2)
+
+
+def _pil() -> ModuleType:
+    """Return the module PIL.Image. Raises RequestError if Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise RequestError("pictures need Pillow, which is not installed; pip install pillow") from None
+    return Image
+
+
+def _path(source: str | Path, files: bool) -> Path:
+    """Return the path that a source is. Raises RequestError if it is not one, or if paths are not taken."""
+    text = str(source)
+    if _WEB.match(text):
+        raise RequestError(
+            f"{_PICTURE} is a web address, which has to be fetched first; give the bytes that "
+            "gemma_wgpu.fetch.pictures.fetch_picture returns"
+        )
+    if not files:
+        raise RequestError(f"{_PICTURE} is a path, or a text that means nothing; only data: URIs are taken here")
+    if _FILE.match(text):
+        raise RequestError(f"{_PICTURE} is a file: address; give the path instead")
+    if len(text) > _LONGEST_PATH:
+        raise RequestError(f"{_PICTURE} is a text of {len(text):,} characters, which is no path; give {_TAKEN}")
+    return Path(source)
+
+
+def _read(path: Path) -> bytes:
+    """Return the bytes of a file. Raises RequestError if there is none, or if it is above MOST_BYTES."""
+    try:
+        path = path.expanduser()
+        if not path.exists():
+            raise RequestError(f"{path}: there is no such file")
+        if not path.is_file():  # a device could be endless
+            raise RequestError(f"{path}: this is no file; give the path of a picture")
+        with path.open("rb") as file:
+            return file.read(MOST_BYTES + 1)
+    except RequestError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"{path}: it cannot be read ({why})") from error
+
+
+def _from_data_uri(uri: str) -> bytes:
+    """Return the bytes in a data: URI. Raises RequestError if it is damaged or above MOST_BYTES."""
+    head, comma, body = uri.partition(",")
+    if not comma:
+        raise RequestError(f"{_PICTURE}: its data: URI has no comma, so it has no data")
+    if len(body) > MOST_BYTES * 4 // 3 + 4:  # four characters of base64 are three bytes
+        raise _too_large(_PICTURE)
+    try:
+        data = unquote_to_bytes(body)
+        if not head.lower().rstrip().endswith(";base64"):
+            return data
+        data = b"".join(data.split())
+        return base64.b64decode(data.rstrip(b"=") + b"=" * (-len(data.rstrip(b"=")) % 4), validate=True)
+    except ValueError as error:
+        raise RequestError(f"{_PICTURE}: its data: URI is damaged ({error})") from error
+
+
+def _from_array(array: NDArray[np.generic]) -> Image:
+    """Return an array of levels as an image. Raises RequestError if it is not one."""
+    grey, coloured = array.ndim == 2, array.ndim == 3 and array.shape[-1] in (3, 4)
+    if array.dtype != np.uint8 or not (grey or coloured):
+        raise RequestError(
+            f"{_PICTURE} is a {array.dtype} array of shape {array.shape}; an array must be uint8 of shape (H, W), "
+            "(H, W, 3) or (H, W, 4)"
+        )
+    _check_size(array.shape[1], array.shape[0], _PICTURE)
+    image: Image = _pil().fromarray(np.ascontiguousarray(array))
+    return image
+
+
+def _decoded(data: bytes, name: str) -> Image:
+    """Return the picture in the bytes of an image file. `name` begins the sentence of a RequestError."""
+    if not data:
+        raise RequestError(f"{name}: there is nothing in it; give a picture")
+    if len(data) > MOST_BYTES:
+        raise _too_large(name)
+    reader = _reader(data)
+    if reader is None:
+        raise RequestError(f"{name}: this is no picture of a kind that can be read; give {_KINDS}")
+    with _as_request_error(name):
+        image = reader(BytesIO(data))
+    return _rgb(image, name)
+
+
+def _reader(data: bytes) -> type[ImageFile] | None:
+    """Return Pillow's class for the kind of file that begins like `data`; None for other kinds."""
+    from PIL.BmpImagePlugin import BmpImageFile
+    from PIL.GifImagePlugin import GifImageFile
+    from PIL.JpegImagePlugin import JpegImageFile
+    from PIL.PngImagePlugin import PngImageFile
+    from PIL.TiffImagePlugin import TiffImageFile
+    from PIL.WebPImagePlugin import WebPImageFile
+
+    readers: dict[bytes, type[ImageFile]] = {
+        b"\x89PNG\r\n\x1a\n": PngImageFile,
+        b"\xff\xd8\xff": JpegImageFile,  # for files of several pictures, MPO, as well
+        b"GIF87a": GifImageFile,
+        b"GIF89a": GifImageFile,
+        b"BM": BmpImageFile,
+        b"II*\0": TiffImageFile,
+        b"MM\0*": TiffImageFile,
+    }
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return WebPImageFile
+    return next((reader for beginning, reader in readers.items() if data.startswith(beginning)), None)
+
+
+def _rgb(image: Image, name: str) -> Image:
+    """Decode an image and return it upright, in mode RGB, without transparency."""
+    _check_size(*image.size, name)
+    with _as_request_error(name):
+        image.load()
+        image = _of_8_bits(_upright(image), name)
+        if image.mode == "La":
+            image = image.convert("LA")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = _pil().new("RGBA", image.size, "white")
+            image = _pil().alpha_composite(white, image)
+        return image.convert("RGB")
+
+
+def _of_8_bits(image: Image, name: str) -> Image:
+    """Return an image whose pixels have at most 256 levels: Pillow would make most others white.
+
+    Raises RequestError for pixels of which nothing says which value is white.
+    """
+    if image.mode == "F":
+        raise RequestError(f"{name}: its pixels are floating-point numbers; convert it to 8 bits first")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 0xFFFF:
+        raise RequestError(f"{name}: its pixels are numbers from {low:,} to {high:,}; convert it to 8 bits first")
+    if image.mode == "I" and high <= 0xFF:
+        return image
+    grey: Image = _pil().fromarray((values >> 8).astype(np.uint8))
+    return grey
+
+
+def _upright(image: Image) -> Image:
+    """Return an image turned as its EXIF orientation says; as it is if the EXIF data are damaged."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are decoded already, so this is about the EXIF data
+        return image
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    """Raise RequestError for a picture without pixels, or with too many."""
+    if not width or not height:
+        raise RequestError(f"{name}: it has {width} x {height} pixels; there must be at least one")
+    if width * height > MOST_PIXELS or max(width, height) > MOST_SIDE:
+        raise RequestError(
+            f"{name}: it has {width:,} x {height:,} pixels; make it smaller first, as {MOST_PIXELS:,} in all and "
+            f"{MOST_SIDE:,} on a side are the limits"
+        )
+
+
+def _too_large(name: str) -> RequestError:
+    return RequestError(f"{name}: it has more than {MOST_BYTES:,} bytes, which is the limit; make it smaller first")
+
+
+@contextmanager
+def _as_request_error(name: str) -> Iterator[None]:
+    """Make a RequestError of whatever Pillow raises about a picture, and let none of its warnings out."""
+    with _DECODING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except RequestError:
+            raise
+        except _pil().DecompressionBombError as error:
+            raise RequestError(
+                f"{name}: it has more than {MOST_PIXELS:,} pixels, which is the limit; make it smaller first"
+            ) from error
+        except MemoryError as error:
+            raise RequestError(f"{name}: the memory does not suffice for it; make it smaller first") from error
+        except Exception as error:  # Pillow raises errors of many kinds when a file is damaged
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise RequestError(f"{name}: it cannot be decoded ({why}); save it again as PNG or JPEG") from error
