@@ -497,10 +497,14 @@ class Gemma:
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise RequestError(f"a prompt is a text or a list of token ids, not {type(ids).__name__}")
         vocab = self.config.vocab_size
-        soft = tokens.soft if tokens else None
-        checked = [token if token == soft else self.tokenizer.checked(token) for token in ids]
-        if soft is None and checked and max(checked) >= vocab:
-            raise RequestError(f"token id {max(checked)} is outside the model's vocabulary of {vocab}")
+        soft = (tokens.soft,) if tokens else ()  # which may be outside of the vocabulary
+        checked = [
+            int(token) if isinstance(token, int | np.integer) and token in soft else self.tokenizer.checked(token)
+            for token in ids
+        ]
+        foreign = [token for token in checked if token >= vocab and token not in soft]
+        if foreign:
+            raise RequestError(f"token id {max(foreign)} is outside the model's vocabulary of {vocab}")
         if not checked:
             raise RequestError("the prompt is empty; give at least one token")
         if len(checked) > self.context_length:

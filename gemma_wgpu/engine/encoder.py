@@ -69,6 +69,10 @@ class Encoder:
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
 
+    def forget(self) -> None:
+        """Forget the features of all images."""
+        self._kept.clear()
+
 
 class Encoding:
     """An image on its way: `steps` programs, to be submitted one after the other.
