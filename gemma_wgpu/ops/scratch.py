@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from gemma_wgpu.gpu.device import Buffer, Device
 from gemma_wgpu.ops.launch import Launch, Value
@@ -34,24 +34,30 @@ class Scratch:
 
         Raises DeviceError if the GPU's memory is exhausted.
         """
-        last = {value: index for index, launch in enumerate(launches) for value in launch.values}
-        free = list(self._buffers)
-        placed: dict[Value, Buffer] = {}
+        spans: dict[Value, tuple[int, int]] = {}  # the launches that use a value first and last
         for index, launch in enumerate(launches):
             for value in launch.values:
-                if value not in placed:
-                    placed[value] = self._take(value, free)
-            for value in launch.values:
-                if last[value] == index and value not in kept:
-                    free.append(placed[value])
+                spans[value] = spans.get(value, (index, 0))[0], len(launches) if value in kept else index
+        placed: dict[Value, Buffer] = {}
+        taken: dict[Buffer, list[tuple[int, int]]] = {}
+        # Small values find room in the buffers of large ones, so the large ones come first.
+        for value in sorted(spans, key=lambda value: -value.nbytes):
+            buffer = self._free(value.nbytes, spans[value], taken)
+            if buffer is None:
+                buffer = self._device.buffer(value.nbytes, value.label)
+                self._buffers.append(buffer)
+            placed[value] = buffer
+            taken.setdefault(buffer, []).append(spans[value])
         return placed
 
-    def _take(self, value: Value, free: list[Buffer]) -> Buffer:
-        """Return the smallest free buffer that is large enough, or a new one."""
-        fitting = [buffer for buffer in free if buffer.size >= value.nbytes]
-        if not fitting:
-            self._buffers.append(self._device.buffer(value.nbytes, value.label))
-            return self._buffers[-1]
-        smallest = min(fitting, key=lambda buffer: buffer.size)
-        free.remove(smallest)
-        return smallest
+    def _free(
+        self, nbytes: int, span: tuple[int, int], taken: Mapping[Buffer, Sequence[tuple[int, int]]]
+    ) -> Buffer | None:
+        """Return the smallest buffer that is large enough, and free for a span of launches."""
+        free = [
+            buffer
+            for buffer in self._buffers
+            if buffer.size >= nbytes
+            and all(last < span[0] or span[1] < first for first, last in taken.get(buffer, ()))
+        ]
+        return min(free, key=lambda buffer: buffer.size, default=None)

@@ -51,13 +51,14 @@ def write(folder: Path, shape: Mapping[str, object] = CONFIG) -> Path:
         tensors[name] = _bfloat16(matrix)
     for name, (size,) in sorted(norm_shapes(config).items()):
         spread = 1 + np.float32(0.2) * rng.standard_normal(size, np.float32)
-        tensors[name] = _bfloat16(np.float32(_factor(name)) * spread - 1)
+        tensors[name] = _bfloat16(np.float32(factor(name)) * spread - 1)
     write_hf(folder, shape, tensors)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(_vocabulary(config.vocab_size))))
     return folder
 
 
-def _factor(name: str) -> float:
+def factor(name: str) -> float:
+    """What the norm of this name multiplies by, on average."""
     if name.endswith(("q_norm.weight", "k_norm.weight")):
         return _QUERY_KEY
     if ".post_" in name:
