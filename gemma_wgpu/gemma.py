@@ -541,6 +541,7 @@ def load(
     activations: str = "float",
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    vision: bool | str | Path = True,
     progress: OnProgress | None = None,
 ) -> Gemma:
     """Load a model onto the GPU.
@@ -555,14 +556,17 @@ def load(
       generated stay float.
     - context_length: tokens of prompt and text together; 4096 by default, or what the model has if that is less.
     - prefill_chunk: the most tokens of a prompt that are computed at once.
+    - vision: whether the tower that reads images is loaded, if the model has one. If it is False, the tower is left
+      out, and the model takes the memory of its text part alone. If it is a path, it is that of the mmproj file with
+      the tower of a .gguf file; otherwise such a file is looked for beside the model.
     - progress: called with the Progress of a download, and of the weights going to the GPU. In a browser both
       happen at once, and bytes are done when they have come.
 
-    Raises ModelError if the model is missing, damaged or of an unknown family; DeviceError if there is no GPU or it
-    lacks memory or f16; RequestError for an option out of its range.
+    Raises ModelError if the model is missing, damaged or of an unknown family, or if the file `vision` does not fit
+    it; DeviceError if there is no GPU or it lacks memory or f16; RequestError for an option out of its range.
     """
     device = open_device_sync()
-    return device.wait(_load(device, name, precision, activations, context_length, prefill_chunk, progress))
+    return device.wait(_load(device, name, precision, activations, context_length, prefill_chunk, vision, progress))
 
 
 async def load_async(
@@ -572,11 +576,12 @@ async def load_async(
     activations: str = "float",
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    vision: bool | str | Path = True,
     progress: OnProgress | None = None,
 ) -> Gemma:
     """Do what `load` does, for an event loop."""
     device = await open_device()
-    return await _load(device, name, precision, activations, context_length, prefill_chunk, progress)
+    return await _load(device, name, precision, activations, context_length, prefill_chunk, vision, progress)
 
 
 async def _load(
@@ -586,11 +591,12 @@ async def _load(
     activations: str,
     context_length: int | None,
     prefill_chunk: int,
+    vision: bool | str | Path,
     progress: OnProgress | None,
 ) -> Gemma:
     try:
         half, int8 = _half(precision, device), _int8(activations)
-        with await open_model(name, progress) as weights:
+        with await open_model(name, progress, vision=vision) as weights:
             context_length = checked_context_length(context_length, weights.config)
             check_count("prefill_chunk", prefill_chunk, 1, device.limits.max_compute_workgroups_per_dimension)
             tuning = await tuned(device)

@@ -59,8 +59,7 @@ def opened(source: object, *, files: bool = True) -> Image:
     (str or Path), or a data: URI (str). Without `files`, paths are refused. The kinds of files are PNG, JPEG, WebP,
     GIF, BMP and TIFF. Of several frames, the first is taken.
 
-    What is transparent is laid over white, as the reference's image processor does. Levels of 16 bits are divided by
-    256.
+    What is transparent is laid over white, as the reference's image processor does. 16 bits are scaled to 8.
 
     Raises RequestError, whose sentence begins with the path or with "the picture", if `source` is something else, is
     damaged, or is above MOST_PIXELS, MOST_SIDE or MOST_BYTES.
@@ -84,8 +83,9 @@ def prepared(image: Image, size: int) -> NDArray[np.float32]:
     """Return the pixels of an image of mode RGB, float32 of shape (3, size, size), from -1 (black) to 1 (white).
 
     The image is resized straight to a square, whatever its shape, with Pillow's bilinear filter, and rounded to 256
-    levels. The values equal those of the reference's processor that uses Pillow. They differ by at most one of 256
-    levels (0.0079) from those of its processor that uses torchvision.
+    levels. The values equal those of the reference's processor that uses Pillow, if both have the same Pillow. They
+    differ by at most one of 256 levels (0.0079) from those of its processor that uses torchvision, and between Pillow
+    12 and 13, which round differently.
     """
     from PIL.Image import Resampling
 
@@ -218,7 +218,7 @@ def _from_array(array: NDArray[np.generic]) -> Image:
             "(H, W, 3) or (H, W, 4)"
         )
     _check_size(array.shape[1], array.shape[0], _PICTURE)
-    image: Image = _pil().fromarray(np.ascontiguousarray(array))
+    image: Image = _pil().fromarray(array)
     return image
 
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
-from gguf.quants import quant_shape_to_byte_shape
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf.quants import quant_shape_to_byte_shape, quantize
 from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize_file
 
+from gemma_wgpu.models import siglip
 from gemma_wgpu.models.gemma3 import Gemma3Config
 from tests.table import gguf_name, matrix_shapes, norm_shapes
 
@@ -42,6 +43,22 @@ HF_CONFIG: dict[str, object] = {
     "max_position_embeddings": 128,
 }
 CONFIG = Gemma3Config.from_hf(HF_CONFIG)
+
+# A patch has 147 pixels, which are no whole blocks, and the table of positions is the largest vector.
+HF_SEEING: dict[str, object] = {
+    "model_type": "gemma3",
+    "text_config": HF_CONFIG,
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 52,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 84,
+        "patch_size": 7,
+    },
+    "mm_tokens_per_image": 9,
+}
+SEEING = Gemma3Config.from_hf(HF_SEEING)
 
 
 def blocks(rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, cols: int) -> NDArray[np.uint8]:
@@ -95,6 +112,47 @@ def gguf_metadata(config: Gemma3Config = CONFIG) -> dict[str, object]:
         "tokenizer.ggml.tokens": [f"▁{token}" for token in range(config.vocab_size)],
         "tokenizer.ggml.scores": [-float(token) for token in range(config.vocab_size)],
         "tokenizer.ggml.token_type": [1] * config.vocab_size,
+    }
+
+
+def tower_values(rng: np.random.Generator, config: Gemma3Config = SEEING) -> dict[str, NDArray[np.float32]]:
+    """Return the tensors of a tower by Hugging Face name, as Hugging Face has them."""
+    assert config.vision is not None
+    specs = siglip.tensors(config.vision, config.hidden_size)
+    return {spec.name: rng.standard_normal(spec.shape, np.float32) for spec in specs}
+
+
+def mmproj_tensors(
+    values: Mapping[str, NDArray[np.float32]], kind: GGMLQuantizationType = GGMLQuantizationType.F32
+) -> dict[str, Raw]:
+    """Return what llama.cpp's converter makes of a tower: matrices are of `kind`, and the soft norm has the 1."""
+    table = get_tensor_name_map(MODEL_ARCH.MMPROJ, 64)
+    tensors: dict[str, Raw] = {}
+    for name, array in values.items():
+        stem, suffix = re.fullmatch(r"(.*)[._](weight|bias)", name).groups()  # type: ignore[union-attr]
+        of = kind if array.ndim > 1 and "embeddings" not in name else GGMLQuantizationType.F32
+        used = array + np.float32(1) if "soft_emb_norm" in name else array
+        tensors[f"{table.get_name(stem)}.{suffix}"] = quantize(used, of), of
+    return tensors
+
+
+def mmproj_metadata(config: Gemma3Config = SEEING) -> dict[str, object]:
+    """Return what llama.cpp's converter writes of a tower."""
+    tower = config.vision
+    assert tower is not None
+    return {
+        "clip.projector_type": "gemma3",
+        "clip.has_vision_encoder": True,
+        "clip.vision.image_size": tower.image_size,
+        "clip.vision.patch_size": tower.patch_size,
+        "clip.vision.embedding_length": tower.hidden_size,
+        "clip.vision.feed_forward_length": tower.intermediate_size,
+        "clip.vision.projection_dim": config.hidden_size,
+        "clip.vision.block_count": tower.num_hidden_layers,
+        "clip.vision.attention.head_count": tower.num_attention_heads,
+        "clip.vision.attention.layer_norm_epsilon": tower.layer_norm_eps,
+        "clip.vision.image_mean": [0.5, 0.5, 0.5],
+        "clip.use_gelu": True,
     }
 
 

@@ -656,7 +656,8 @@ def test_hugging_face(hub: HubServer, versions: tuple[Path, Path], tmp_path: Pat
     assert paths["some/one"].read_text() == "some/one only-Q4_0.gguf"
     assert paths["some/several/a-Q4_0.gguf"].read_text() == "some/several a-Q4_0.gguf"
     assert paths["some/several/more/c.gguf"].read_text() == "some/several more/c.gguf"
-    assert not {"mmproj-F16.gguf", "b-Q8_0.gguf", "onnx/model.onnx", "model.gguf"} & set(hub.downloaded)
+    assert (paths["some/one"].parent / "mmproj-F16.gguf").read_text() == "some/one mmproj-F16.gguf"
+    assert not {"b-Q8_0.gguf", "onnx/model.onnx", "model.gguf"} & set(hub.downloaded)
     with socket.socket() as unused:  # no connection: what was downloaded is found again
         unused.bind(("127.0.0.1", 0))
         offline = found(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path, *names)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.models.gemma3 import Gemma3Config
+from gemma_wgpu.models.spec import TensorSpec
 from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights import encodings
 from gemma_wgpu.weights.encodings import Encoding
@@ -53,7 +54,8 @@ def stored(folder: Path, data: np.ndarray[Any, Any], encoding: Encoding, cols: i
     """Return the rows of `data` as a matrix that lies `offset` bytes into a file."""
     path = folder / "weights"
     path.write_bytes(b"\xff" * offset + data.tobytes())
-    return StoredMatrix("w", StoredTensor("w", (len(data), cols), encoding, MappedFile(path), offset), cols)
+    shape = len(data), cols
+    return StoredMatrix(TensorSpec("w", "w", shape), StoredTensor("w", shape, encoding, MappedFile(path), offset))
 
 
 @pytest.mark.parametrize("kind", ENCODINGS, ids=lambda kind: kind.name)
@@ -392,7 +394,8 @@ def test_unheard_of_type(tiny: Callable[..., Path]) -> None:
 def test_quantised_norm(tiny: Callable[..., Path]) -> None:
     norm = blocks(np.random.default_rng(0), Kind.Q8_0, 1, 64).ravel(), Kind.Q8_0
     message = refused(tiny(tensors={"blk.0.ffn_norm.weight": norm}))
-    assert message == "tensor 'blk.0.ffn_norm.weight' is Q8_0; norms and biases must be plain floats"
+    name = "model.layers.0.pre_feedforward_layernorm.weight"
+    assert message == f"tensor 'blk.0.ffn_norm.weight' is Q8_0; {name} must be plain floats"
 
 
 def test_separate_head(tiny: Callable[..., Path]) -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "gemma_wgpu"
 FLOORS = (
     ("errors", "html", "progress", "files"),
     ("options",),
-    ("gpu",),
+    ("gpu", "pictures"),
     ("ops", "tokens"),
     ("models",),
     ("weights",),

@@ -114,6 +114,79 @@ def test_a_name_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert {"config.json", "tokenizer.json", "*.safetensors"} <= set(asked[NAME])
 
 
+class Repository:
+    """Stands in for huggingface_hub's functions, for a repository that has these files."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
+        self.folder, self.files, self.downloaded = folder, files, list[str]()
+        self.missing: str | None = None
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+        monkeypatch.setattr(huggingface_hub, "model_info", self.info)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
+
+    def info(self, *_: object, **__: object) -> Any:
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.files])
+
+    def download(self, _: str, file: str) -> str:
+        if file == self.missing:
+            raise ConnectionResetError
+        self.downloaded.append(file)
+        return str(self.folder / file)
+
+
+@pytest.mark.parametrize(
+    ("beside", "chosen"),
+    [
+        ([], []),
+        (["mmproj-F32.gguf"], ["mmproj-F32.gguf"]),
+        (["mmproj-F32.gguf", "mmproj-BF16.gguf"], ["mmproj-BF16.gguf"]),
+        (["mmproj-BF16.gguf", "mmproj-F16.gguf", "mmproj-Q8_0.gguf"], ["mmproj-F16.gguf"]),
+        (["gemma-it-MMPROJ-b.gguf", "gemma-it-mmproj-a.gguf"], ["gemma-it-mmproj-a.gguf"]),
+        (["mmproj.txt", "f16/mmproj-F16.gguf"], []),
+    ],
+)
+@pytest.mark.parametrize("name", [NAME, f"{NAME}/it-Q4_0.gguf"])
+def test_the_tower_comes_with_a_model(
+    name: str, beside: list[str], chosen: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    repository = Repository(tmp_path, monkeypatch, "README.md", *beside, "it-Q4_0.gguf")
+    assert find(name) == tmp_path / "it-Q4_0.gguf"
+    assert repository.downloaded == ["it-Q4_0.gguf", *chosen]
+
+
+def test_the_tower_comes_from_the_same_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    repository = Repository(tmp_path, monkeypatch, "mmproj-F16.gguf", "q4/it.gguf", "q4/mmproj-F32.gguf")
+    assert find(f"{NAME}/q4/it.gguf") == tmp_path / "q4/it.gguf"
+    assert repository.downloaded == ["q4/it.gguf", "q4/mmproj-F32.gguf"]
+
+
+@pytest.mark.parametrize("vision", [False, "mmproj.gguf", Path("mmproj.gguf")])
+@pytest.mark.parametrize("name", [NAME, f"{NAME}/it.gguf"])
+def test_the_tower_stays_where_it_is(name: str, vision: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    repository = Repository(tmp_path, monkeypatch, "it.gguf", "mmproj-F16.gguf")
+    assert find(name, vision=vision) == tmp_path / "it.gguf"
+    assert repository.downloaded == ["it.gguf"]
+
+
+def test_without_a_connection_there_is_no_other_tower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The model was downloaded before, and huggingface_hub finds it again."""
+    repository = Repository(tmp_path, monkeypatch, "it.gguf", "mmproj-F16.gguf")
+
+    def fail(*_: object, **__: object) -> Any:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(huggingface_hub, "model_info", fail)
+    assert find(f"{NAME}/it.gguf") == tmp_path / "it.gguf"
+    assert repository.downloaded == ["it.gguf"]
+
+
+def test_a_tower_whose_download_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    repository = Repository(tmp_path, monkeypatch, "it.gguf", "mmproj-F16.gguf")
+    repository.missing = "mmproj-F16.gguf"
+    with pytest.raises(ModelError, match=f"^{NAME}/mmproj-F16.gguf: .* cannot be downloaded: ConnectionResetError$"):
+        find(f"{NAME}/it.gguf")
+
+
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.gpu import open_device_sync
-from gemma_wgpu.gpu.device import Held
 from gemma_wgpu.models import registry
 from gemma_wgpu.models.keys import Keys
 from gemma_wgpu.models.spec import Family, Kind, TensorSpec
 from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.tokens.chat import GEMMA3
 from gemma_wgpu.weights.convert import convert
-from gemma_wgpu.weights.hosted import HostedFolder, WebFolder
+from gemma_wgpu.weights.hosted import HostedFolder
 from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.quantize import quantize
 from gemma_wgpu.weights.summary import summarize
 from gemma_wgpu.weights.upload import Upload
 from tests.checkpoints import Raw, blocks, description, patch, same_bits, write_gguf, write_hf
+from tests.disk import Bytes, Disk
 from tests.vocabulary import small_tokenizer_json
 
 Kinds = GGMLQuantizationType
@@ -230,44 +230,6 @@ def test_on_the_gpu(written: tuple[Path, dict[str, NDArray[np.float32]]]) -> Non
             assert same_bits(bias[:INNER], weights[BIAS])
 
         device.wait(check())
-
-
-class Bytes(Held):
-    """Bytes in the place of those that a browser holds."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.nbytes = data, len(data)
-
-    def slice(self, offset: int, nbytes: int) -> Bytes:
-        return Bytes(self.data[offset : offset + nbytes])
-
-    def to_bytes(self) -> bytes:
-        return self.data
-
-    def free(self) -> None:
-        pass
-
-
-class Disk(WebFolder):
-    """A folder on disk in the place of one on the web."""
-
-    def __init__(self, path: Path) -> None:
-        self.url, self.path = str(path), path
-
-    async def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
-    async def load(self, name: str, nbytes: int, sha256: str, report: Callable[[int], None]) -> Bytes:
-        return Bytes((self.path / name).read_bytes())
-
-    async def retain(self, name: str, data: bytes, others: frozenset[str]) -> None:
-        pass
-
-    def seconds(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None:
-        pass
 
 
 def test_on_the_web(tmp_path: Path) -> None:

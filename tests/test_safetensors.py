@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from gemma_wgpu.errors import ModelError
+from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights.opening import open_checkpoint
 from tests.checkpoints import CONFIG, HF_CONFIG, hf_tensors, same_bits, write_hf, write_safetensors
@@ -36,9 +36,9 @@ def widened(dtype: str, bits: NDArray[np.generic]) -> NDArray[np.float32]:
     return halves.view("<f4")[..., 0]
 
 
-def check(folder: Path, expected: Tensors, *, prefix: str = "model.") -> None:
+def check(folder: Path, expected: Tensors, *, prefix: str = "model.", vision: bool = True) -> None:
     """An opened folder has the tensors that were written under names that begin with `prefix`."""
-    with open_checkpoint(folder) as checkpoint:
+    with open_checkpoint(folder, vision=vision) as checkpoint:
         for name, shape in matrix_shapes(CONFIG).items():
             dtype, bits = expected[name.replace("model.", prefix)]
             tensor = checkpoint.tensor(name)
@@ -89,15 +89,16 @@ def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
     ],
 )
 def test_multimodal(prefix: str, vision: str, head: str, tmp_path: Path) -> None:
-    """Text tensors have a prefix in their names, vision tensors of any dtype are ignored, and the head is there."""
-    config = {"model_type": "gemma3", "text_config": HF_CONFIG, "vision_config": {}}
+    """Text tensors have a prefix in their names, the head is there, and a tower of any kind can be left out."""
+    config = {"model_type": "gemma3", "text_config": HF_CONFIG, "vision_config": {"model_type": "other"}}
     written = {name.replace("model.", prefix): value for name, value in tensors().items()}
     written[vision + "encoder.weight"] = "int64", np.zeros((3, 5), np.int64)
     written[vision.replace("vision_tower", "multi_modal_projector") + "scale"] = "float32", np.ones(2, np.float32)
     written[head] = written[prefix + "embed_tokens.weight"]
-    check(write_hf(tmp_path, config, written), written, prefix=prefix)
-    with open_checkpoint(tmp_path) as checkpoint:
+    check(write_hf(tmp_path, config, written), written, prefix=prefix, vision=False)
+    with open_checkpoint(tmp_path, vision=False) as checkpoint:
         assert checkpoint.nbytes == sum(bits.nbytes for _, bits in tensors().values())
+    assert refused(tmp_path, "config.json").startswith("vision_config.model_type is 'other'")
 
 
 def test_tensors_at_odd_addresses(tmp_path: Path) -> None:
@@ -139,8 +140,12 @@ def test_a_relative_path_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_tokenizer_is_the_folders(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, HF_CONFIG, tensors())
-    with open_checkpoint(folder) as checkpoint, pytest.raises(ModelError, match=r"tokenizer\.json: "):
-        checkpoint.tokenizer()
+    with open_checkpoint(folder) as checkpoint:
+        with pytest.raises(RequestError, match=r"tokenizer\.json: there is no such file"):
+            checkpoint.tokenizer().encode("text")
+        (folder / "tokenizer.json").write_text("{}")
+        with pytest.raises(ModelError, match=r"tokenizer\.json: "):
+            checkpoint.tokenizer()
 
 
 # What is wrong with a folder is said in one line that names the file.

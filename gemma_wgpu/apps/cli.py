@@ -31,6 +31,7 @@ from gemma_wgpu.fetch.hub import find
 from gemma_wgpu.files import is_full, reason
 from gemma_wgpu.gemma import ACTIVATIONS, MOST_SIDE_BY_SIDE, PRECISIONS, checked_context_length, expected_bytes
 from gemma_wgpu.gpu.native import native_adapters
+from gemma_wgpu.models.keys import listed
 from gemma_wgpu.ops.tuner import chosen
 from gemma_wgpu.ops.tuning import usual_tuning
 from gemma_wgpu.options import RANGES, Constraint, Options
@@ -38,7 +39,7 @@ from gemma_wgpu.progress import OnProgress, Progress
 from gemma_wgpu.weights.convert import Quant
 from gemma_wgpu.weights.convert import convert as write_folder
 from gemma_wgpu.weights.opening import open_checkpoint
-from gemma_wgpu.weights.summary import LayoutUse, summarize
+from gemma_wgpu.weights.summary import LayoutUse, TowerUse, summarize
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -459,6 +460,7 @@ def inspect(model: str, context_length: int | None) -> None:
                 **config.summary(),
                 "embedding": _layout_use(summary.embedding),
                 **{f"{use.tensors} matrices": _layout_use(use) for use in summary.matrices},
+                **({"tower": _tower_use(summary.tower)} if summary.tower else {}),
                 "in the file": f"{summary.file_bytes:,} bytes",
                 "on the GPU": f"{summary.nbytes:,} bytes, {summary.bits_per_weight:.2f} bits a weight "
                 "outside the embedding",
@@ -482,6 +484,11 @@ def inspect(model: str, context_length: int | None) -> None:
 
 def _layout_use(use: LayoutUse) -> str:
     return f"{use.layout.name}, {use.bits_per_weight:.2f} bits a weight, {use.nbytes:,} bytes"
+
+
+def _tower_use(use: TowerUse) -> str:
+    layouts = listed([f"{matrices.tensors} matrices in {matrices.layout.name}" for matrices in use.matrices])
+    return f"{use.parameters:,} parameters, {layouts}, {use.nbytes:,} bytes"
 
 
 @main.command()

@@ -108,7 +108,7 @@ class SiglipConfig:
         """
         keys = Keys(metadata, source, family)
         grid = keys.count(f"{_CLIP}image_size") // keys.count(f"{_CLIP}patch_size")
-        side = grid // keys.count(f"{_CLIP}projector.scale_factor", 4)
+        factor = keys.count(f"{_CLIP}projector.scale_factor", 4)
         built = cls(
             hidden_size=keys.count(f"{_CLIP}embedding_length"),
             intermediate_size=keys.count(f"{_CLIP}feed_forward_length"),
@@ -117,10 +117,10 @@ class SiglipConfig:
             image_size=keys.count(f"{_CLIP}image_size"),
             patch_size=keys.count(f"{_CLIP}patch_size"),
             layer_norm_eps=keys.number(f"{_CLIP}attention.layer_norm_epsilon", 1e-6),
-            tokens=ImageTokens(255_999, 262_144, 256_000, side**2),
+            tokens=ImageTokens(255_999, 262_144, 256_000, (grid // factor) ** 2),
         )
-        if not built.fits(built.tokens.count):
-            raise keys.error(f"{_CLIP}projector.scale_factor", f"does not divide {grid} patches")
+        if grid % factor:
+            raise keys.error(f"{_CLIP}projector.scale_factor", f"is {factor}, which does not divide {grid} patches")
         names = ("embedding_length", "feed_forward_length", "attention.head_count", "image_size", "patch_size")
         return built._checked(keys, *(f"{_CLIP}{name}" for name in names))
 

@@ -148,10 +148,10 @@ class Checkpoint(Weights):
         """Return `values`."""
         return self.values(name)
 
-    def matrices(self, kind: Kind | None = None) -> list[LocalTensor]:
-        """Return all matrices, or those of one kind."""
-        specs = [spec for spec in self.table.values() if spec.kind.is_matrix and kind in (None, spec.kind)]
-        return [self.tensor(spec.name) for spec in specs]
+    def matrices(self, kind: Kind | None = None, *, tower: bool = False) -> list[LocalTensor]:
+        """Return the matrices of the language model, or else of its tower: all of them, or those of one kind."""
+        specs = [spec for spec in self.table.values() if spec.kind.is_matrix and spec.tower == tower]
+        return [self.tensor(spec.name) for spec in specs if kind in (None, spec.kind)]
 
     @abstractmethod
     def vocabulary(self) -> Vocabulary:

@@ -26,6 +26,7 @@ from gemma_wgpu.weights.packed import Packed
 from gemma_wgpu.weights.quantize import quantize
 
 Quant = Literal["int4", "int4-offset", "int8", "f16", "keep"]
+TowerQuant = Literal["int8", "f16"]
 
 SHARD_SIZE = 95_000_000  # bytes; static hosts take files of up to 100 MB
 
@@ -39,7 +40,7 @@ _REVISION = 1  # to be raised when the same model and options give other bytes
 
 
 def default_quant(model: Checkpoint) -> Quant:
-    """Return what `convert` does unless told: "keep" if the model's matrices are quantised, "int4" for floats."""
+    """Return what `convert` does unless told: "keep" if the language model is quantised, "int4" for floats."""
     floats = all(matrix.layout in _FLOATS for matrix in model.matrices(Kind.MATRIX))
     return "int4" if floats else "keep"
 
@@ -50,6 +51,7 @@ def convert(
     *,
     quant: Quant | None = None,
     embedding: Literal["int8", "int4"] | None = None,
+    tower: TowerQuant | None = None,
     shard_size: int = SHARD_SIZE,
     force: bool = False,
     progress: OnProgress | None = None,
@@ -58,8 +60,13 @@ def convert(
 
     `quant` is for the matrices, and `default_quant(model)` if it is None: int4 (4.5 bits a weight), int4-offset (5),
     int8 (8.5), f16, or keep, which leaves every matrix in the layout that it has. `embedding` is for the embedding,
-    which is the head too and the most sensitive: if it is None, it is int8, or as `quant` for f16 and keep. Matrices
-    that are in the wanted layout already are not touched. No shard is above `shard_size` bytes.
+    which is the head too and the most sensitive: if it is None, it is int8, or as `quant` for f16 and keep.
+
+    `tower` is for the layers of the tower that reads images: if it is None, they are int8, or as `quant` for f16 and
+    keep. The tower's patches and its projection are small; they are f16, or as they are if `quant` is keep.
+
+    Matrices that are in the wanted layout already are not touched. No shard is above `shard_size` bytes, and none has
+    weights of the language model and of the tower.
 
     The folder is made under the name OUT.partial and renamed when it is whole. A run that was interrupted is taken up
     where it stopped, given the same model and options, and ends with the same bytes. With `force`, a model folder is
@@ -73,13 +80,19 @@ def convert(
     quant = quant or default_quant(model)
     if quant not in get_args(Quant) or embedding not in (None, "int8", "int4"):
         raise RequestError(f"there is no such quantisation: {quant!r} with the embedding as {embedding!r}")
+    if tower not in (None, *get_args(TowerQuant)):
+        raise RequestError(f"there is no such quantisation of a tower: {tower!r}; choose int8 or f16")
+    first_of_tower = next((spec.name for spec in model.table.values() if spec.tower), None)
+    if tower and first_of_tower is None:
+        raise RequestError(f"{model.path}: the model has no tower, so tower={tower!r} cannot be; leave it out")
     if shard_size < 1:
         raise RequestError(f"shards of {shard_size} bytes cannot be")
     _check_out(out, force)
     entries = [
-        Entry(spec.name, _layout(model, spec, quant, embedding), *spec.stored_shape) for spec in model.table.values()
+        Entry(spec.name, _layout(model, spec, quant, embedding, tower), *spec.stored_shape)
+        for spec in model.table.values()
     ]
-    shards, tensors = plan(entries, shard_size)
+    shards, tensors = plan(entries, shard_size, apart=first_of_tower)
     config = json.dumps(model.config.to_hf(), indent=1).encode() + b"\n"
     vocabulary = model.vocabulary().to_bytes()
     partial = out.with_name(f"{out.name}.partial")
@@ -98,13 +111,20 @@ def convert(
     _publish(partial, out)
 
 
-def _layout(model: Checkpoint, spec: TensorSpec, quant: Quant, embedding: str | None) -> Layout:
+def _layout(
+    model: Checkpoint, spec: TensorSpec, quant: Quant, embedding: str | None, tower: TowerQuant | None
+) -> Layout:
     """Return the layout that a tensor gets."""
     if not spec.kind.is_matrix:
         return Layout.F32
-    if spec.kind == Kind.EMBEDDING and (embedding or quant in ("int4", "int4-offset")):
-        return _LAYOUTS[embedding or "int8"]
-    return model.tensor(spec.name).layout if quant == "keep" else _LAYOUTS[quant]
+    chosen: str = quant
+    if spec.kind == Kind.EMBEDDING:
+        chosen = embedding or ("int8" if quant in ("int4", "int4-offset") else quant)
+    elif spec.kind == Kind.CONVOLUTION or spec.transposed:
+        chosen = "keep" if quant == "keep" else "f16"
+    elif spec.tower:
+        chosen = tower or (quant if quant in ("f16", "keep") else "int8")
+    return model.tensor(spec.name).layout if chosen == "keep" else _LAYOUTS[chosen]
 
 
 def _check_out(out: Path, force: bool) -> None:

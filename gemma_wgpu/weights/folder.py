@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from gemma_wgpu.weights.packed import Packed
 from gemma_wgpu.weights.stored import MappedFile
 
 
-def checked_config(manifest: Manifest, config: bytes, folder: str) -> tuple[Family, Any]:
-    """Return the family and the configuration that are in the config.json of a folder.
+def checked_config(manifest: Manifest, config: bytes, folder: str, *, vision: bool) -> tuple[Family, Any]:
+    """Return the family and the configuration that are in the config.json of a folder, with the tower or without.
 
     `config` is the content of that file, and `folder` the path or the address of the folder, for messages. Raises
     ModelError if the file is damaged or the manifest does not fit it.
@@ -48,25 +48,26 @@ def checked_config(manifest: Manifest, config: bytes, folder: str) -> tuple[Fami
     for tensor, spec in zip(manifest.tensors, table, strict=True):
         if not spec.kind.is_matrix and tensor.layout != Layout.F32:
             raise ModelError(f"{folder}/{MANIFEST}: {tensor.name} is {tensor.layout.name}; it must be F32")
-    return family, checked
+    return family, checked if vision else family.text_only(checked)
 
 
 class FolderCheckpoint(Checkpoint):
     """A model in a model folder that `convert` wrote; `manifest` is the content of its manifest.json.
 
-    Raises ModelError, which names the file, if a file is missing or its size is wrong; and when a file is first read,
-    if its SHA-256 is wrong.
+    The shards that only have the tower are not needed if `vision` is false. Raises ModelError, which names the file,
+    if a file is missing or its size is wrong; and when a file is first read, if its SHA-256 is wrong.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, vision: bool = True) -> None:
         self.path = path
         self.manifest = Manifest.from_json(_read(path / MANIFEST), str(path / MANIFEST))
         self.name = self.manifest.name
         self.quantization = self.manifest.quantization
-        self.family, self.config = checked_config(self.manifest, self._whole(self.manifest.config), str(path))
-        self._shards = tuple(_Shard(path, shard) for shard in self.manifest.shards)
-        self._entries = {tensor.name: tensor for tensor in self.manifest.tensors}
-        self.nbytes = sum(tensor.nbytes for tensor in self.manifest.tensors)
+        config = self._whole(self.manifest.config)
+        self.family, self.config = checked_config(self.manifest, config, str(path), vision=vision)
+        self._shards = {n: _Shard(path, self.manifest.shards[n]) for n in self.manifest.shards_of(self.table)}
+        self._entries = {tensor.name: tensor for tensor in self.manifest.tensors if tensor.name in self.table}
+        self.nbytes = sum(tensor.nbytes for tensor in self._entries.values())
 
     def tensor(self, name: str) -> LocalTensor:
         """Return a matrix of the table. Raises ModelError for any other name."""
@@ -89,17 +90,18 @@ class FolderCheckpoint(Checkpoint):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Return the manifest and the files that it lists."""
-        return (self.path / MANIFEST, *(self.path / file.name for file in self.manifest.files))
+        """Return the manifest and the files that it lists, as far as they are needed."""
+        small = (self.path / name for name in (MANIFEST, self.manifest.config.name, self.manifest.vocabulary.name))
+        return (*small, *(shard.path for shard in self._shards.values()))
 
     def release(self) -> None:
         """Give the memory of what was read back to the system; what was packed stays valid."""
-        for shard in self._shards:
+        for shard in self._shards.values():
             shard.release()
 
     def close(self) -> None:
         """Let go of the files. What was packed stays valid; tensors raise ModelError from then on."""
-        for shard in self._shards:
+        for shard in self._shards.values():
             shard.close()
 
     def _whole(self, file: File) -> bytes:
@@ -143,7 +145,7 @@ class _Shard(MappedFile):
 class _FolderMatrix(LocalTensor):
     """A matrix in the shards of a folder."""
 
-    def __init__(self, entry: Entry, shards: Sequence[_Shard]) -> None:
+    def __init__(self, entry: Entry, shards: Mapping[int, _Shard]) -> None:
         self.name = entry.name
         self.shape = (entry.rows, entry.cols)
         self._layout = entry.layout

@@ -11,7 +11,7 @@ from gemma_wgpu.models.registry import family_of_gguf
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
 from gemma_wgpu.weights.gguf_file import GGUFHeader
-from gemma_wgpu.weights.mmproj import ARCHITECTURE, find_tower, read_tower
+from gemma_wgpu.weights.mmproj import ARCHITECTURE, Tower, find_tower, read_tower
 from gemma_wgpu.weights.stored import MappedFile, StoredCheckpoint, matched
 
 # These values of `general.file_type` stand for files whose tensors can be read.
@@ -32,24 +32,35 @@ _FILE_TYPES = {
 class GGUFCheckpoint(StoredCheckpoint):
     """A model in a GGUF file. `metadata` has the file's keys; lists of numbers are numpy arrays.
 
-    Raises ModelError, which names the file and what is wrong, unless every tensor is there and can be read.
+    `vision` says whether a tower that lies beside the file is taken along, or it is the file with the tower. Raises
+    ModelError, which names the file and what is wrong, unless every tensor is there and can be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, vision: bool | Path = True) -> None:
         file = MappedFile(path)
-        header = _Header(file)
+        header = GGUFHeader(file)
         self.metadata = header.metadata
+        if self.metadata.get("general.architecture") == ARCHITECTURE:
+            raise ModelError(f"{path}: this file has a tower only; give the file of the language model beside it")
         family = family_of_gguf(self.metadata, str(path))
+        config = family.config.from_gguf(self.metadata, source=str(path))
+        stored = matched(
+            family, family.tensors(config), header.tensors(), place=str(path), file_name=lambda spec: spec.gguf
+        )
+        tower: Tower | None = None
+        if isinstance(vision, Path):
+            tower = read_tower(vision, family, config)
+        elif vision:
+            tower = find_tower(path, family, config)
         name = self.metadata.get("general.name")
         kind = self.metadata.get("general.file_type")
         super().__init__(
             path,
             name if isinstance(name, str) else path.stem,
             family,
-            family.config.from_gguf(self.metadata, source=str(path)),
-            [file],
-            header.tensors(),
-            file_name=lambda spec: spec.gguf,
+            tower.config if tower else config,
+            [file, tower.file] if tower else [file],
+            {**stored, **tower.stored} if tower else stored,
             plus_one=False,  # the converter has added the 1
             quantization=_FILE_TYPES.get(kind) if isinstance(kind, int) else None,
         )

@@ -53,7 +53,10 @@ class WebFolder(ABC):
 
 
 class HostedFolder(Weights):
-    """A model in a model folder on the web. It has one shard at hand at a time: read it in the table's order."""
+    """A model in a model folder on the web. It has one shard at hand at a time: read it in the table's order.
+
+    Shards that have no tensor of the table are not fetched.
+    """
 
     reports_progress = True
 
@@ -74,12 +77,15 @@ class HostedFolder(Weights):
         self._manifest = manifest
         self._vocabulary = vocabulary
         self._progress = progress
-        self._entries = {tensor.name: tensor for tensor in manifest.tensors}
+        self._entries = {tensor.name: tensor for tensor in manifest.tensors if tensor.name in self.table}
+        self._needed = [manifest.shards[number] for number in manifest.shards_of(self.table)]
         self._at_hand: tuple[int, Held] | None = None
 
     @classmethod
-    async def open(cls, folder: WebFolder, progress: OnProgress | None) -> Self:
+    async def open(cls, folder: WebFolder, progress: OnProgress | None, *, vision: bool = True) -> Self:
         """Fetch the folder but its shards. `progress` is told of these as they come.
+
+        The tower that reads images, if there is one, is left out if `vision` is false.
 
         Raises ModelError, which names the address, if the folder is not there, is damaged or cannot be reached.
         """
@@ -89,7 +95,7 @@ class HostedFolder(Weights):
             (await folder.load(file.name, file.nbytes, file.sha256, lambda _: None)).to_bytes()
             for file in (manifest.config, manifest.vocabulary)
         ]
-        family, checked = checked_config(manifest, config, folder.url)
+        family, checked = checked_config(manifest, config, folder.url, vision=vision)
         await folder.retain(MANIFEST, listing, frozenset(file.name for file in manifest.files))
         return cls(folder, manifest, family, checked, vocabulary, progress)
 
@@ -123,9 +129,8 @@ class HostedFolder(Weights):
         return self._at_hand[1]
 
     def _report(self, file: File) -> Callable[[int], None]:
-        shards = self._manifest.shards
-        before = sum(shard.nbytes for shard in shards[: shards.index(file)])
-        total = sum(shard.nbytes for shard in shards)
+        before = sum(shard.nbytes for shard in self._needed[: self._needed.index(file)])
+        total = sum(shard.nbytes for shard in self._needed)
 
         def report(done: int) -> None:
             if self._progress is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -108,6 +108,10 @@ class Manifest:
         """Return all files of the folder but the manifest."""
         return self.config, self.vocabulary, *self.shards
 
+    def shards_of(self, names: Container[str]) -> list[int]:
+        """Return the numbers of the shards that have the tensors of these names, in their order."""
+        return sorted({part.shard for tensor in self.tensors if tensor.name in names for part in tensor.parts})
+
     @classmethod
     def from_json(cls, data: bytes, source: str) -> Self:
         """Read what `to_json` wrote.
@@ -193,15 +197,17 @@ class Shard:
 _Rows = tuple[Entry, int, int]  # a tensor, and its rows from start to stop
 
 
-def plan(tensors: Iterable[Entry], shard_size: int) -> tuple[list[Shard], list[Entry]]:
+def plan(tensors: Iterable[Entry], shard_size: int, *, apart: str | None = None) -> tuple[list[Shard], list[Entry]]:
     """Return the shards that `tensors` fill in their order, and the tensors with the parts that they have there.
 
-    No shard is above `shard_size` bytes, and only tensors larger than a shard are split. Raises RequestError if not
-    even two rows fit.
+    No shard is above `shard_size` bytes, and only tensors larger than a shard are split. The tensor `apart` begins a
+    shard, so that those before it can be had alone. Raises RequestError if not even two rows fit.
     """
     shards: list[list[_Rows]] = [[]]
     for tensor in tensors:
         start = 0
+        if tensor.name == apart and shards[-1]:
+            shards.append([])
         while start < tensor.rows:
             stop = tensor.rows
             if shards[-1] and not _fits([*shards[-1], (tensor, start, stop)], shard_size):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from gemma_wgpu.models.spec import Family
 from gemma_wgpu.tokens.tokenizer import HFTokenizer, NoTokenizer, Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
 from gemma_wgpu.weights import encodings
-from gemma_wgpu.weights.stored import MappedFile, StoredCheckpoint, StoredTensor
+from gemma_wgpu.weights.stored import MappedFile, StoredCheckpoint, StoredTensor, matched
 
 _CONFIG = "config.json"
+_VISION = "vision_config"  # its key that describes the tower
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER = "tokenizer.json"
@@ -27,7 +27,7 @@ _ENCODINGS = {"F32": encodings.F32, "F16": encodings.F16, "BF16": encodings.BF16
 
 
 class SafetensorsCheckpoint(StoredCheckpoint):
-    """A model in a Hugging Face folder, in bf16, f16 or f32.
+    """A model in a Hugging Face folder, in bf16, f16 or f32, with its tower if there is one and `vision` is true.
 
     Raises ModelError, which names the file and what is wrong, unless every tensor is there and can be read.
     """
@@ -39,14 +39,17 @@ class SafetensorsCheckpoint(StoredCheckpoint):
             )
         content, source = _json(path / _CONFIG), str(path / _CONFIG)
         family = family_of_hf(content, source)
-        config = family.config.from_hf(content, source=source)
         if not vision:
-            config = family.text_only(config)
-        table = {spec.name for spec in family.tensors(config)}
+            content.pop(_VISION, None)  # so a tower that cannot be run is in nobody's way
+        config = family.config.from_hf(content, source=source)
+        config = config if vision else family.text_only(config)
+        specs = family.tensors(config)
+        # Where the configuration has a tower, a tensor of it that the table lacks makes another architecture.
+        ignored = tuple(start for start in family.ignored if not any(spec.name.startswith(start) for spec in specs))
         files = [MappedFile(shard) for shard in _shards(path)]
         stored: dict[str, StoredTensor] = {}
         for file in files:
-            for name, tensor in _tensors(file, family, table):
+            for name, tensor in _tensors(file, family, ignored):
                 if name in stored:
                     other = stored[name].file.path.name
                     raise tensor.error(f"is in {other} too; these shards are not of one model")
@@ -57,8 +60,7 @@ class SafetensorsCheckpoint(StoredCheckpoint):
             family,
             config,
             files,
-            stored,
-            file_name=lambda spec: spec.name,
+            matched(family, specs, stored, place=str(path), file_name=lambda spec: spec.name),
             plus_one=True,
         )
         self.quantization = self.quantization.lower()
@@ -108,8 +110,8 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def _tensors(file: MappedFile, family: Family, table: Collection[str]) -> list[tuple[str, StoredTensor]]:
-    """Return the tensors of a file, with the names of `table`, but not those that a family may do without."""
+def _tensors(file: MappedFile, family: Family, ignored: tuple[str, ...]) -> list[tuple[str, StoredTensor]]:
+    """Return the tensors of a file with their names in the table, but not those whose names begin as `ignored`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -124,7 +126,7 @@ def _tensors(file: MappedFile, family: Family, table: Collection[str]) -> list[t
     tensors = []
     for label, entry in header.items():
         name = _name(label, family)
-        if label == "__metadata__" or (name not in table and name.startswith(family.ignored)):
+        if label == "__metadata__" or name.startswith(ignored):
             continue
         encoding = _ENCODINGS.get(entry["dtype"])
         if encoding is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,12 +150,51 @@ class StoredMatrix(LocalTensor):
         return Packed(self.layout, stop - start, cols, *stored.encoding.split(data))
 
 
-class StoredCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are `stored`, by the names that they have in its files.
+def matched(
+    family: Family,
+    specs: Sequence[TensorSpec],
+    stored: Mapping[str, StoredTensor],
+    *,
+    place: str,
+    file_name: Callable[[TensorSpec], str],
+) -> dict[str, StoredTensor]:
+    """Return the tensors of `specs`, which are entries of the family's table, by the names that they have there.
 
-    `file_name` gives that name for an entry of the family's table. `plus_one` says whether the files hold norms of
-    the kind NORM_PLUS_ONE without the 1, which is then added. Raises ModelError for a tensor that is missing, that
-    has another shape than `config` gives it, or that the family does not have.
+    `stored` has them by the names that the files at `place` use, and `file_name` gives that name for an entry. Raises
+    ModelError for a tensor that is missing or has another shape, and for one that the model does not have.
+    """
+    left = dict(stored)
+    found = {spec.name: _taken(left, spec, file_name(spec), family, place) for spec in specs}
+    for spec in specs:
+        for copy in spec.copies:
+            # Some savers write the tied head out. A head that was trained on its own makes another architecture.
+            if (other := left.pop(copy, None)) is not None and not other.equals(found[spec.name]):
+                raise other.error(f"is a head apart from the embedding; {family.name} has them tied")
+    if left:
+        raise next(iter(left.values())).error(f"is not one that {family.name} has; this is another architecture")
+    return found
+
+
+def _taken(left: dict[str, StoredTensor], spec: TensorSpec, label: str, family: Family, place: str) -> StoredTensor:
+    """Take the tensor of an entry of the table out of those that are `left`, and return it, checked."""
+    if label not in left:
+        problem = f"this is not a complete {family.name} model"
+        if spec.tower:
+            problem = "the tower that reads images is not complete, and vision=False leaves it out"
+        raise ModelError(f"{place}: tensor {label!r} is missing; {problem}")
+    found = left.pop(label)
+    if found.shape != spec.shape:
+        raise found.error(f"is {_dims(found.shape)} where the configuration makes it {_dims(spec.shape)}")
+    if not found.encoding.dense and (not spec.kind.is_matrix or spec.transposed):
+        raise found.error(f"is {found.encoding.name}; {spec.name} must be plain floats")
+    return found
+
+
+class StoredCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are `stored` in `files`, by the names of the family's table.
+
+    `plus_one` says whether the files hold norms of the kind NORM_PLUS_ONE without the 1, which is then added. If
+    `quantization` is None, it is the commonest encoding of the language model's matrices.
     """
 
     def __init__(
@@ -167,7 +206,6 @@ class StoredCheckpoint(Checkpoint):
         files: Iterable[MappedFile],
         stored: Mapping[str, StoredTensor],
         *,
-        file_name: Callable[[TensorSpec], str],
         plus_one: bool,
         quantization: str | None = None,
     ) -> None:
@@ -176,16 +214,9 @@ class StoredCheckpoint(Checkpoint):
         self.family = family
         self.config = config
         self._files = tuple(files)
+        self._stored = stored
         self._plus_one = plus_one
-        left = dict(stored)
-        self._stored = {spec.name: self._taken(left, spec, file_name(spec)) for spec in self.table.values()}
-        for spec in self.table.values():
-            for copy in spec.copies:
-                self._check_copy(spec, left.pop(copy, None))
-        left = {label: tensor for label, tensor in left.items() if not label.startswith(family.ignored)}
-        if left:
-            raise next(iter(left.values())).error(f"is not one that {family.name} has; this is another architecture")
-        self.nbytes = sum(tensor.nbytes for tensor in self._stored.values())
+        self.nbytes = sum(tensor.nbytes for tensor in stored.values())
         self.quantization = quantization or self._commonest_encoding()
 
     def tensor(self, name: str) -> StoredMatrix:
@@ -214,27 +245,9 @@ class StoredCheckpoint(Checkpoint):
         for file in self._files:
             file.close()
 
-    def _taken(self, left: dict[str, StoredTensor], spec: TensorSpec, label: str) -> StoredTensor:
-        """Take the tensor of an entry of the table out of those that are `left`, and return it, checked."""
-        if label not in left:
-            raise ModelError(
-                f"{self.path}: tensor {label!r} is missing; this is not a complete {self.family.name} model"
-            )
-        found = left.pop(label)
-        if found.shape != spec.shape:
-            raise found.error(f"is {_dims(found.shape)} where the configuration makes it {_dims(spec.shape)}")
-        if not found.encoding.dense and (not spec.kind.is_matrix or spec.transposed):
-            raise found.error(f"is {found.encoding.name}; {spec.name} must be plain floats")
-        return found
-
-    def _check_copy(self, spec: TensorSpec, copy: StoredTensor | None) -> None:
-        # Some savers write the tied head out. A head that was trained on its own makes another architecture.
-        if copy is not None and not copy.equals(self._stored[spec.name]):
-            raise copy.error(f"is a head apart from the embedding; {self.family.name} has them tied")
-
     def _commonest_encoding(self) -> str:
-        names = (self._stored[spec.name].encoding.name for spec in self.table.values() if spec.kind.is_matrix)
-        [(name, _)] = Counter(names).most_common(1)
+        specs = [spec for spec in self.table.values() if spec.kind.is_matrix and not spec.tower]
+        [(name, _)] = Counter(self._stored[spec.name].encoding.name for spec in specs).most_common(1)
         return name
 
 
