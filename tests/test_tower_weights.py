@@ -335,8 +335,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "clip.vision.attention.head_count is 5, which does not make heads that can be run",
     ),
     "patches that do not average": (
-        {"metadata": {"clip.vision.projector.scale_factor": 13}},
-        "clip.vision.projector.scale_factor does not divide 12 patches",
+        {"metadata": {"clip.vision.projector.scale_factor": 5}},
+        "clip.vision.projector.scale_factor is 5, which does not divide 12 patches",
     ),
     "a tensor less": (
         {"tensors": {"v.post_ln.bias": None}},
