@@ -7,14 +7,15 @@ It is for measuring what only size decides: conversion, loading, GPU memory and 
 
 import argparse
 import json
-import math
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.models.gemma3 import Gemma3Config, tensors
+from gemma_wgpu.models.spec import TensorSpec
 
 CONFIG: dict[str, object] = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -41,25 +42,37 @@ def bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 def write(folder: Path, seed: int) -> None:
     """Write weights that keep activations in range: of standard deviation 1 / sqrt(cols), and for norms near zero."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
     table = tensors(Gemma3Config.from_hf(CONFIG))
+    write_tensors(
+        folder / "model.safetensors",
+        table,
+        seed,
+        lambda spec: (0.0, spec.shape[-1] ** -0.5 if spec.kind.is_matrix else 0.1),
+    )
+
+
+def write_tensors(
+    path: Path, table: Sequence[TensorSpec], seed: int, spread: Callable[[TensorSpec], tuple[float, float]]
+) -> None:
+    """Write a safetensors file of bf16 numbers, whose mean and standard deviation `spread` gives for each tensor."""
     entries: dict[str, object] = {}
     at = 0
     for spec in table:
-        nbytes = 2 * math.prod(spec.shape)
+        nbytes = 2 * spec.size
         entries[spec.name] = {"dtype": "BF16", "shape": spec.shape, "data_offsets": [at, at + nbytes]}
         at += nbytes
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for spec in table:
-            left, scale = math.prod(spec.shape), np.float32(spec.shape[-1] ** -0.5 if spec.kind.is_matrix else 0.1)
+            left, (mean, deviation) = spec.size, map(np.float32, spread(spec))
             while left:
                 count = min(left, _AT_ONCE)
-                file.write(bf16(rng.standard_normal(count, np.float32) * scale).data)
+                file.write(bf16(mean + deviation * rng.standard_normal(count, np.float32)).data)
                 left -= count
 
 

@@ -229,7 +229,10 @@ def test_an_encoding_can_be_cancelled(gemma: Gemma) -> None:
 
 def test_a_task_that_waits_for_an_image_can_be_cancelled(gemma: Gemma) -> None:
     async def main() -> None:
-        task = asyncio.create_task(gemma.image_features_async(A, progress=lambda _: task.cancel() and None))
+        def cancel(progress: Progress) -> None:
+            task.cancel()
+
+        task = asyncio.create_task(gemma.image_features_async(A, progress=cancel))
         with pytest.raises(asyncio.CancelledError):
             await task
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +14,7 @@ from gemma_wgpu.gpu.device import Buffer, Device
 from gemma_wgpu.models.spec import VisionModel
 from gemma_wgpu.ops.encoder import EncoderStep
 from gemma_wgpu.ops.kernels import Kernels
-from gemma_wgpu.ops.launch import record
+from gemma_wgpu.ops.launch import Launch, record
 from gemma_wgpu.ops.scratch import Scratch
 from gemma_wgpu.ops.step import Norms
 from gemma_wgpu.progress import OnProgress, Progress
@@ -94,7 +94,7 @@ class Encoding:
             self._out: Buffer = placed[out]
             self._size = out.nbytes
             ends = [0, *self._step.pauses, len(self._step.launches)]
-            self._programs = [record(device, self._step.launches[a:b], placed) for a, b in pairwise(ends) if a < b]
+            self.programs = [record(device, self._step.launches[a:b], placed) for a, b in pairwise(ends) if a < b]
             padded = np.zeros((len(patches), self._step.patches.size), np.float16 if kernels.half else np.float32)
             padded[:, : patches.shape[1]] = patches
             device.write(placed[self._step.patches], padded)
@@ -105,7 +105,7 @@ class Encoding:
     @property
     def steps(self) -> int:
         """Return how many programs there are."""
-        return len(self._programs)
+        return len(self.programs)
 
     @property
     def progress(self) -> Progress:
@@ -120,11 +120,16 @@ class Encoding:
     @property
     def dispatches(self) -> int:
         """Return the dispatches of all programs."""
-        return len(self._step.launches)
+        return len(self.launches)
+
+    @property
+    def launches(self) -> Sequence[Launch]:
+        """Return the kernel launches of all programs."""
+        return self._step.launches
 
     def submit(self) -> Awaitable[Bytes]:
         """Submit the next program; what is to be awaited is for `receive`."""
-        program = self._programs[self.submitted]
+        program = self.programs[self.submitted]
         self.submitted += 1
         size = self._size if self.submitted == self.steps else 4
         return self._device.read(self._out, 0, size, after=[program])

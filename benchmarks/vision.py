@@ -1,0 +1,146 @@
+"""How long the tower of Gemma 3 takes for one image, and how far its features are from transformers'.
+
+The tower has the full shape (SigLIP-so400m: 27 layers of 1152, 4096 patches of an image of 896 x 896) and seeded
+random bf16 weights, on a language model of one layer. transformers runs on the CPU in float32, with as many threads
+as there are cores. Needs torch and transformers besides, unless --no-peer is given, and 1 GB of disk.
+
+    python -m benchmarks.vision [--folder FOLDER] [--layers 27] [--precision f32] [--kernels] [--no-peer]
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.make_1b import write_tensors
+from gemma_wgpu import Gemma, load
+from gemma_wgpu.engine.prompt import Image
+from gemma_wgpu.models.gemma3 import Gemma3Config, tensors
+from gemma_wgpu.models.spec import Kind, TensorSpec
+
+PIXELS = 896
+
+
+def config(layers: int) -> dict[str, object]:
+    """Return the config.json of the tower on a small language model."""
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "boi_token_index": 509,
+        "eoi_token_index": 510,
+        "image_token_index": 511,
+        "text_config": {
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "vocab_size": 512,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 16,
+            "image_size": PIXELS,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    }
+
+
+def _spread(spec: TensorSpec) -> tuple[float, float]:
+    """Return the mean and the standard deviation of a tensor's weights, which keep activations in range."""
+    if spec.kind == Kind.TABLE:
+        return 0.0, 0.5
+    if spec.kind == Kind.NORM:
+        return 1.0, 0.2
+    if spec.kind.is_matrix:
+        inputs = spec.shape[0] if spec.transposed else spec.size // spec.shape[0]
+        return 0.0, (1.5 if "q_proj" in spec.name or "k_proj" in spec.name else 1.0) * inputs**-0.5
+    return 0.0, 0.2
+
+
+def write(folder: Path, layers: int) -> Path:
+    """Write the model's folder; return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config(layers)))
+    write_tensors(folder / "model.safetensors", tensors(Gemma3Config.from_hf(config(layers))), 0, _spread)
+    return folder
+
+
+def picture() -> NDArray[np.float32]:
+    """Return the pixels of a picture of waves, (3, 896, 896) from -1 to 1."""
+    y, x = np.indices((PIXELS, PIXELS), dtype=np.float32) / PIXELS
+    waves = [np.sin(40 * x + 9 * y), np.sin(7 * x - 60 * y), np.sin(25 * x * y + 3)]
+    return np.stack(waves).astype(np.float32)
+
+
+def theirs(folder: Path, pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+    """Return transformers' features of an image, and the seconds that they take."""
+    import torch
+    from transformers import Gemma3ForConditionalGeneration
+
+    model = Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        start = time.perf_counter()
+        features = model.model.get_image_features(torch.from_numpy(pixels)[None], return_dict=True).pooler_output
+        return features[0].numpy(), time.perf_counter() - start
+
+
+def report_kernels(gemma: Gemma, pixels: NDArray[np.float32]) -> None:
+    """Print the seconds of the tower's kernels on the GPU."""
+    encoder = gemma.runner.encoder
+    assert encoder is not None
+    encoding = encoder.begin(Image(pixels, -1))
+    times = gemma.device.wait(gemma.device.profile(encoding.programs))
+    totals: dict[str, float] = defaultdict(float)
+    for launch, seconds in zip(encoding.launches, times, strict=True):
+        totals[f"{launch.shader} {launch.workgroups}"] += float(seconds)
+    encoding.close()
+    for name, seconds in sorted(totals.items(), key=lambda item: -item[1]):
+        print(f"{name:40}{seconds:8.2f} s")
+
+
+def main() -> None:
+    """Read the command line, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--precision", default="f32")
+    parser.add_argument("--kernels", action="store_true", help="time the kernels one by one too")
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    options = parser.parse_args()
+    pixels = picture()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write(options.folder or Path(temporary), options.layers)
+        with load(folder, precision=options.precision, context_length=512) as gemma:
+            start = time.perf_counter()
+            features = gemma.image_features(pixels, progress=lambda p: print(f"\r{p.done}/{p.total}", end=""))
+            seconds = time.perf_counter() - start
+            encoder = gemma.runner.encoder
+            assert encoder is not None
+            encoding = encoder.begin(Image(pixels, -1))
+            print(
+                f"\r{gemma.device.info}, {gemma.precision}: {seconds:.1f} s, {encoding.dispatches} dispatches, "
+                f"{encoding.scratch_bytes / 1e6:.0f} MB beside the weights"
+            )
+            encoding.close()
+            if options.kernels:
+                report_kernels(gemma, pixels)
+        if not options.no_peer:
+            expected, seconds = theirs(folder, pixels)
+            error = np.abs(features - expected).max() / np.abs(expected).max()
+            print(f"transformers on the CPU, float32: {seconds:.1f} s; largest difference {error:.1e} of the largest")
+
+
+if __name__ == "__main__":
+    main()
