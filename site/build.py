@@ -34,6 +34,7 @@ from gemma_wgpu.weights.opening import open_checkpoint
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 CACHE = ROOT / "build"
+MODELS = "models"  # the folder of the models, beside the notebooks and in the site
 LOCK = "pyodide-lock.json"
 KERNEL = Path(LAB_EXTENSIONS, PYODIDE_KERNEL_NPM_NAME, "static")  # the kernel's worker and its own wheels are there
 # The browser fetches these while Pyodide starts, rather than one after the other once it has started.
@@ -58,9 +59,10 @@ def main(model: str, pyodide: str | None, output: Path) -> None:  # noqa: D103
         jupyter = [sys.executable, "-m", "jupyter", "lite", "build", f"--LiteManager.cache_dir={work}/cache"]
         run(*jupyter, "--lite-dir", str(HERE), "--output-dir", str(output), cwd=Path(work))
     add_python(output, PYODIDE_CDN_URL if pyodide == "official" else pyodide)
+    shutil.copytree(HERE / "content" / MODELS, output / MODELS)
     identity = {}
     if model != "none":
-        identity = add_model(output / "models" / "demo", model)
+        identity = add_model(output / MODELS / "demo", model)
     add_bench(output, PYODIDE_CDN_URL if pyodide == "official" else pyodide, identity)
     shutil.copy(HERE / "index.html", output)
     for app in output.glob("*/index.html"):
@@ -105,8 +107,11 @@ def add_python(output: Path, distribution: str | None) -> None:
     settings["loadPyodideOptions"] = {
         "lockFileURL": f"./static/pyodide/{LOCK}",
         "packages": PREFETCHED,
-        # This address is relative to the script of the kernel's worker.
-        "env": {"GEMMA_WGPU_DEMO": Path(os.path.relpath("models/demo", KERNEL)).as_posix()},
+        # The address of the site, relative to the script of the kernel's worker; and that of a model of the site.
+        "env": {
+            "GEMMA_WGPU_BASE": f"{Path(os.path.relpath('.', KERNEL)).as_posix()}/",
+            "GEMMA_WGPU_DEMO": f"./{MODELS}/demo",
+        },
     }
     (output / "jupyter-lite.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
@@ -168,7 +173,7 @@ def add_bench(output: Path, distribution: str | None, identity: dict[str, str]) 
     site = {
         "pyodide": f"{distribution.rstrip('/') if distribution else '../static/pyodide'}/pyodide.mjs",
         "commit": commit(),
-        "models": ["../models/demo"] if identity else [],
+        "models": [f"../{MODELS}/demo"] if identity else [],
         "references": known,
     }
     (folder / "site.json").write_text(json.dumps(site), encoding="utf-8")

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
 import gemma_wgpu
+from gemma_wgpu.weights.folder import FolderCheckpoint
 
 pytestmark = pytest.mark.slow
 
 CONTENT = Path(__file__).parents[1] / "site" / "content"
+TINY_VISION = CONTENT / "models" / "tiny-vision"
 
 
 def outputs(notebook: Path) -> list[str]:
     """Run a notebook; return the text that each code cell puts out."""
     content = nbformat.read(notebook, as_version=4)  # type: ignore[no-untyped-call]
-    NotebookClient(content, timeout=300, kernel_name="python3").execute()
+    place = {"metadata": {"path": str(notebook.parent)}}
+    NotebookClient(content, timeout=300, kernel_name="python3", resources=place).execute()
     return ["".join(map(text, cell.outputs)) for cell in content.cells if cell.cell_type == "code"]
 
 
@@ -59,6 +65,35 @@ def test_kernel() -> None:
         assert float(line.splitlines()[0].removeprefix("largest error against numpy: ")) < most
     assert "'wrong' does not compile" in wrong
     assert "tokens a second" in speed
+
+
+def test_see() -> None:
+    said = outputs(CONTENT / "04_see.ipynb")
+    loaded, _, first, second, patches, features, _, panned, _, last = said
+    assert "tiny-vision" in loaded
+    *_, before, after = second.splitlines()
+    assert before.startswith("1 pictures encoded, 0 of 82 tokens reused")
+    assert after.startswith("0 pictures encoded, 71 of 81 tokens reused")
+    answers = [first.partition(")")[2], second.splitlines()[0], last]
+    assert len(set(answers)) == 3
+    assert all(len(answer.split()) > 10 for answer in answers)
+    assert "8 x 8 = 64 tokens" in patches
+    assert "(64, 64)" in features
+    assert "3 images, 270 tokens; 82 without" in panned
+
+
+def test_the_tiny_model_is_made_by_its_script(tmp_path: Path) -> None:
+    script = CONTENT.parent / "make_tiny_vision.py"
+    subprocess.run([sys.executable, script, tmp_path / "tiny-vision"], check=True)
+    ours, kept = (FolderCheckpoint(folder) for folder in (tmp_path / "tiny-vision", TINY_VISION))
+    assert ours.config == kept.config
+    assert ours.manifest.shards == kept.manifest.shards  # the numbers in them are those that were drawn
+    assert ours.manifest.tensors == kept.manifest.tensors
+    made, there = ours.vocabulary(), kept.vocabulary()
+    assert made.pieces == there.pieces
+    assert np.array_equal(made.scores, there.scores)
+    assert np.array_equal(made.types, there.types)
+    assert sum(file.stat().st_size for file in TINY_VISION.iterdir()) < 1_000_000
 
 
 @pytest.fixture(scope="module")

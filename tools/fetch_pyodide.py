@@ -21,7 +21,7 @@ CARRIER, CARRIED_IN = "open-webui==0.12.4", "open_webui/frontend/pyodide/"  # Py
 SHA256 = "02e9caba96234db3fa17a92e56163b3f7f2b8ca8227fa886b85c178d696483f6"
 LOCK = "pyodide-lock.json"
 CORE = ("pyodide.mjs", "pyodide.asm.mjs", "pyodide.asm.wasm", "python_stdlib.zip", LOCK)
-PACKAGES = ("numpy", "matplotlib", "micropip", "click")  # and what they depend on
+PACKAGES = ("numpy", "pillow", "matplotlib", "micropip", "click")  # and what they depend on
 FOLDER = Path(__file__).parents[1] / "build" / "pyodide"
 
 

@@ -7,6 +7,7 @@ that holds the address that they came from.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
@@ -146,7 +147,8 @@ class BrowserCache(Cache):
 def open_folder(name: str) -> BrowserFolder | None:
     """Return the folder at an address; None for another name.
 
-    The address may be relative to that of the page or of the worker. Raises ModelError if it is not one.
+    The address may be relative: to that of the page or of the worker, or to the one that the environment variable
+    GEMMA_WGPU_BASE names, which may itself be relative to these. Raises ModelError if it is not an address.
     """
     return BrowserFolder(_absolute(name)) if _HOSTED.match(name) else None
 
@@ -155,7 +157,8 @@ def _absolute(name: str) -> str:
     """Return a folder's whole address. Raises ModelError if it is not an address."""
     document = getattr(js, "document", None)
     try:
-        url = js.URL.new(name, document.baseURI if document else js.location.href)
+        base = js.URL.new(os.environ.get("GEMMA_WGPU_BASE", ""), document.baseURI if document else js.location.href)
+        url = js.URL.new(name, base)
     except JsException:
         raise ModelError(f"{name}: this is not a web address; give all of it, from https:// on") from None
     url.pathname = url.pathname.rstrip("/")

@@ -19,11 +19,13 @@ from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, s
 
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.opening import open_checkpoint
+from tests import vision
 from tests.host import Host
 from tests.reference import random_1b
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = Path(__file__).parent / "screenshots"
+TINY_VISION = ROOT / "site" / "content" / "models" / "tiny-vision"
 SUB_PATH = "some/project"
 SMALL = random_1b.CONFIG | {
     "hidden_size": 256,
@@ -102,7 +104,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ZipFile(site / "sources.zip", "w") as archive:
         for folder in ("gemma_wgpu", "shaders", "tests"):
             for path in (ROOT / folder).rglob("*"):
-                if path.suffix in (".py", ".js", ".wgsl"):
+                if path.suffix in (".py", ".js", ".wgsl") or (path.parent == vision.FOLDER and path.suffix == ".npz"):
                     archive.write(path, path.relative_to(ROOT))
     return root
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import warnings
+from base64 import b64decode, b64encode
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 import gemma_wgpu
+from gemma_wgpu import pictures
 from gemma_wgpu.bench.run import Shape, bench
 from gemma_wgpu.gpu import open_device
 from gemma_wgpu.gpu.device import Device
@@ -107,6 +113,63 @@ async def generate_after_a_loss(url: str, prompt: list[int], options: list[dict[
     assert 5 <= len(generation.ids) < 40
     gemma.close()
     return await generate(url, prompt, options)
+
+
+async def golden_logits(url: str) -> str:
+    """Return the features of the images of tests/vision.py, and the logits of its prompts by name, as JSON."""
+    from tests.vision import GOLDEN, PIXELS
+
+    found = {}
+    with await gemma_wgpu.load_async(url) as gemma:
+        found["features"] = np.stack([await gemma.image_features_async(pixels) for pixels in PIXELS])
+        for name in GOLDEN:
+            gemma.reset()
+            golden = GOLDEN[name]
+            found[name] = await gemma.logits_async(golden.ids, images=golden.images)
+    return json.dumps({name: encoded(values) for name, values in found.items()})
+
+
+async def golden_texts(url: str) -> str:
+    """Return the ids that follow the prompts of tests/vision.py, which are computed side by side, as JSON."""
+    from tests.vision import GOLDEN
+
+    prompts = [GOLDEN[name] for name in GOLDEN]
+    with await gemma_wgpu.load_async(url) as gemma:
+        generations = gemma.generate(
+            [golden.ids for golden in prompts],
+            images=[golden.images for golden in prompts],
+            max_new_tokens=8,
+            temperature=0.0,
+        )
+        await generations
+    return json.dumps(generations.ids)
+
+
+async def prepared(files: list[str], size: int) -> str:
+    """Return the pixels that are made of image files in base64, as JSON."""
+    import pyodide_js
+
+    await pyodide_js.loadPackage("pillow")
+    opened = [pictures.opened(b64decode(file)) for file in files]
+    return json.dumps([encoded(pictures.prepared(image, size)) for image in opened])
+
+
+async def without_pillow(url: str, prompt: list[int]) -> None:
+    """Check that a model reads text, and says what it lacks for a picture, where there is no Pillow."""
+    assert find_spec("PIL") is None
+    with await gemma_wgpu.load_async(url) as gemma:
+        assert await gemma.generate(prompt, max_new_tokens=2)
+        try:
+            gemma.prompt("<start_of_image>", [b"GIF89a"])
+        except gemma_wgpu.RequestError as error:
+            assert str(error).startswith("pictures need Pillow"), error
+        else:
+            raise AssertionError("a picture was read without Pillow")
+
+
+def encoded(values: NDArray[np.float32]) -> str:
+    """Return the bytes of an array in base64."""
+    return b64encode(values.tobytes()).decode()
 
 
 async def benchmark(url: str, shapes: list[dict[str, int]]) -> str:

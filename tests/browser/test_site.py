@@ -7,12 +7,16 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BytesIO
+from typing import Any
 
+import nbformat
 import pytest
-from playwright.sync_api import Browser, Locator, Page
+from PIL import Image, ImageDraw
+from playwright.sync_api import Browser, FilePayload, Locator, Page
 
 import gemma_wgpu
-from tests.browser.conftest import ROOT, SCREENSHOTS, SUB_PATH, complaints_of
+from tests.browser.conftest import ROOT, SCREENSHOTS, SUB_PATH, TINY_VISION, complaints_of
 
 STARTED = 120_000  # milliseconds: patience with Pyodide on a slow machine
 RUN = 300_000  # and with a cell
@@ -127,6 +131,7 @@ def test_chat(opened: Callable[[str], Notebook]) -> None:
         assert notebook.run("print(text.stats.finish_reason, len(text.ids) < 20)") == "interrupted True\n"
     again = f"for piece in gemma.generate({prompt!r}, max_new_tokens=2, temperature=0): print(piece, end='')"
     assert notebook.run(again) == gemma.tokenizer.decode(native.ids[:2])
+    assert notebook.run("import sys\nprint('PIL.Image' in sys.modules)") == "False\n"  # text needs no Pillow
 
 
 def test_inside(opened: Callable[[str], Notebook]) -> None:
@@ -147,6 +152,70 @@ def test_kernel(opened: Callable[[str], Notebook]) -> None:
     assert "'wrong'" in notebook.output(2)
     assert "tokens a second" in notebook.output(4)
     notebook.screenshot("03_write_a_kernel")
+
+
+def test_see(opened: Callable[[str], Notebook]) -> None:
+    notebook = opened("04_see")
+    notebook.run_all()
+    picture = drawn()
+    with gemma_wgpu.load(TINY_VISION, precision="f32") as gemma:
+
+        def answer(question: str, of: object = picture) -> str:
+            content = [{"type": "image", "image": of}, {"type": "text", "text": question}]
+            return gemma.chat([{"role": "user", "content": content}], max_new_tokens=12, temperature=0).result()
+
+        assert notebook.output(2).removeprefix("Looking\n").strip() == answer("What colour is the roof?").strip()
+        second, *stats = notebook.output(3).strip().splitlines()
+        assert second.strip() == answer("Where is the tree?").strip()
+        assert [re.sub(r", [\d.]+ s$", "", line) for line in stats] == [
+            "1 pictures encoded, 0 of 82 tokens reused",
+            "0 pictures encoded, 71 of 81 tokens reused",
+        ]
+        assert "16 x 16 = 256 patches of 14 x 14, 8 x 8 = 64 tokens" in notebook.output(4)
+        assert "features: (64, 64)" in notebook.output(5)
+        assert "3 images, 270 tokens; 82 without pan and scan" in notebook.output(7)
+        assert notebook.page.locator(".jp-RenderedImage img").count() == 5
+        notebook.screenshot("04_see")
+
+        question, other = "What is in this picture?", picture.rotate(180)
+        assert notebook.output(9).strip() == answer(question).strip()
+        expected = answer(question, other).strip()
+        assert expected != answer(question).strip()
+
+    photo = FilePayload(name="photo.png", mimeType="image/png", buffer=png(other))
+    with notebook.page.expect_file_chooser() as chooser:
+        notebook.page.locator(".widget-upload").click()
+    chooser.value.set_files([photo])
+    until(lambda: "(1)" in notebook.page.locator(".widget-upload").inner_text(), notebook.page)
+    notebook.cells.nth(9).click()
+    notebook.page.keyboard.press("Control+Enter")
+    until(lambda: notebook.output(9).strip() == expected, notebook.page)
+
+    files = notebook.page.context.new_page()
+    files.goto(notebook.page.url.partition("/notebooks/")[0] + "/tree/index.html")
+    with files.expect_file_chooser() as chooser:
+        files.get_by_title("Upload").click()
+    chooser.value.set_files([photo])
+    files.locator(".jp-DirListing-item", has_text="photo.png").wait_for()
+    content = f"[{{'type': 'image', 'path': 'photo.png'}}, {{'type': 'text', 'text': {question!r}}}]"
+    code = f"print(await gemma.chat([{{'role': 'user', 'content': {content}}}], max_new_tokens=12, temperature=0))"
+    assert notebook.run(code).strip() == expected
+
+
+def png(picture: Image.Image) -> bytes:
+    file = BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def drawn() -> Image.Image:
+    """The picture that the notebook draws."""
+    cells = nbformat.read(ROOT / "site" / "content" / "04_see.ipynb", as_version=4).cells  # type: ignore[no-untyped-call]
+    [drawing] = [cell.source for cell in cells if cell.source.startswith("def landscape")]
+    names: dict[str, Any] = {"Image": Image, "ImageDraw": ImageDraw}
+    exec(drawing, names)
+    picture: Image.Image = names["picture"]
+    return picture
 
 
 def test_without_webgpu(opened: Callable[[str], Notebook]) -> None:
