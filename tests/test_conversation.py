@@ -9,12 +9,14 @@ import pytest
 
 from gemma_wgpu.apps.conversation import Conversation
 from gemma_wgpu.errors import RequestError
-from gemma_wgpu.tokens.chat import GEMMA3
+from gemma_wgpu.tokens.chat import GEMMA3, ImageTokens
 from gemma_wgpu.tokens.tokenizer import BPETokenizer
 from tests.tiny import PIECES, TYPES
 
 TOKENIZER = BPETokenizer(PIECES, -np.arange(len(PIECES), dtype=np.float32), np.array(TYPES, np.int32))
 ENCODE = partial(GEMMA3.encode, TOKENIZER)
+IMAGE = ImageTokens(begin=7, soft=len(PIECES), end=8, count=20)
+SEEING = partial(GEMMA3.encode, TOKENIZER, images=IMAGE)
 CONTEXT = 400
 
 
@@ -77,6 +79,35 @@ def test_the_oldest_are_dropped_and_the_system_text_stays(system: str) -> None:
     assert conversation.fit(ENCODE, CONTEXT) == 0
 
 
+def test_images_stand_in_front_of_the_text() -> None:
+    """They count as tokens, though nobody opens them."""
+    conversation = Conversation()
+    conversation.say("a", [Path("no/such.png"), Path("other.png")])
+    parts = [{"type": "image", "path": "no/such.png"}, {"type": "image", "path": "other.png"}]
+    assert contents(conversation) == [[*parts, {"type": "text", "text": "a"}]]
+    conversation.reply("b")
+    conversation.say("c")
+    assert conversation.images == [Path("no/such.png"), Path("other.png")]
+    without = told(0)
+    without.turns = [{"role": "user", "content": "a"}, *conversation.turns[1:]]
+    ids = SEEING(conversation.messages)
+    assert ids.count(IMAGE.soft) == 2 * IMAGE.count
+    assert conversation.tokens(SEEING) == len(ids) > without.tokens(SEEING) + 2 * IMAGE.count
+    assert conversation.undo() and conversation.undo()
+    assert conversation.images == []
+
+
+def test_images_are_dropped_with_their_messages() -> None:
+    conversation = Conversation()
+    for number in range(4):
+        conversation.say("a", [Path(f"{number}.png")])
+        conversation.reply("b")
+    conversation.say("c", [Path("last.png")])
+    each = len(SEEING(conversation.messages)) // 5
+    assert conversation.fit(SEEING, 5 * each) == 4
+    assert conversation.images == [Path("2.png"), Path("3.png"), Path("last.png")]
+
+
 def test_a_message_that_is_nearly_too_long() -> None:
     conversation = told(2)
     conversation.turns[-1]["content"] = "x" * 360
@@ -88,6 +119,8 @@ def test_a_message_that_is_nearly_too_long() -> None:
 
 def test_files(tmp_path: Path) -> None:
     conversation = told(2, "söy")
+    conversation.reply("answer 2")
+    conversation.say("a", [Path("ä b.png")])
     conversation.save(tmp_path / "c.json", {"temperature": 0.5, "seed": None})
     again, settings = Conversation.load(tmp_path / "c.json")
     assert again == conversation
@@ -103,6 +136,20 @@ def test_files(tmp_path: Path) -> None:
         '{"system": "", "messages": [{"role": "assistant", "content": "a"}], "settings": {}}',
         '{"system": "", "messages": [{"role": "user", "content": 3}], "settings": {}}',
         '{"system": 3, "messages": [], "settings": {}}',
+        *(
+            f'{{"system": "", "messages": [{{"role": "user", "content": [{part}]}}], "settings": {{}}}}'
+            for part in (
+                "5",
+                "{}",
+                '{"type": "text"}',
+                '{"type": "image", "path": 5}',
+                '{"type": "image", "url": "https://somewhere.example/a.png"}',
+                '{"type": "image", "path": "a", "url": "b"}',
+                '{"type": ["text"], "text": "a"}',
+            )
+        ),
+        '{"system": "", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": '
+        '[{"type": "image", "path": "a.png"}]}], "settings": {}}',
     ],
 )
 def test_files_that_are_none(tmp_path: Path, content: str) -> None:

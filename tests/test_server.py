@@ -25,17 +25,22 @@ import openai
 import pytest
 from click.testing import CliRunner
 from openai import OpenAI
+from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
 from gemma_wgpu import DeviceError, Gemma, RequestError, load
 from gemma_wgpu.apps.cli import main
 from gemma_wgpu.apps.server import app as server_app
+from gemma_wgpu.apps.server import images as server_images
 from gemma_wgpu.apps.server.choices import TokenTexts
 from gemma_wgpu.apps.server.engine import Engine
+from gemma_wgpu.apps.server.images import MOST_TEXT
 from gemma_wgpu.apps.server.metrics import Metrics
+from gemma_wgpu.engine.encoder import Encoding
 from gemma_wgpu.engine.request import Request
 from gemma_wgpu.models.gemma3 import Gemma3Config
 from gemma_wgpu.options import RANGES
+from tests.broken_pictures import BROKEN, REFUSED_ADDRESSES, encoded, picture
 from tests.tiny import (
     BOS,
     END_OF_TURN,
@@ -47,10 +52,12 @@ from tests.tiny import (
     token,
     write_folder,
 )
+from tests.tiny_vision import IMAGE_TOKENS, NOISE, RED, data_uri, write_sighted
 
 pytestmark = pytest.mark.slow
 
 CLIENTS = 200
+PATHS = ["/etc/passwd", "~/a.png", "README.md", __file__, "C:\\a.png"]  # that no client reaches
 SECONDS = 60  # until something that hangs is given up
 NAME = "tiny"
 
@@ -132,6 +139,14 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gemma]:
 @pytest.fixture(scope="module")
 def served(scripted: Gemma) -> Iterator[Served]:
     with serving(scripted) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def sighted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Serve a model that reads images, with random weights."""
+    folder = write_sighted(tmp_path_factory.mktemp("sighted"))
+    with load(folder, precision="f32") as gemma, serving(gemma) as served:
         yield served
 
 
@@ -434,6 +449,235 @@ def test_bytes_of_tokens(served: Served) -> None:
     assert entries.rival(token("▁cat"), -1.0).bytes == list(b" cat")
 
 
+# Images.
+
+
+def seen(*images: str | bytes, text: str = "so", **options: Any) -> dict[str, Any]:
+    """Return the body of a question about images, which are files or URLs."""
+    urls = [image if isinstance(image, str) else data_uri(image) for image in images]
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    return GREEDY | {"max_tokens": 8, "messages": messages} | options
+
+
+def expected(gemma: Gemma, *images: bytes, pan_and_scan: bool = False) -> tuple[str, int]:
+    """Return what Python says to the same, and how many tokens the prompt has."""
+    parts: list[Any] = [{"type": "image", "image": image} for image in images]
+    chat: list[Any] = [{"role": "user", "content": [*parts, {"type": "text", "text": "so"}]}]
+    generation = gemma.chat(chat, pan_and_scan=pan_and_scan, temperature=0, max_new_tokens=8)
+    return generation.result(), generation.stats.prompt_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_image_is_seen(sighted: Served, stream: bool) -> None:
+    said = {}
+    for image in (RED, NOISE):
+        made: Any = sighted.client.chat.completions.create(**seen(image, stream=stream, n=2))
+        parts = list(made) if stream else [made]
+        texts = ["", ""]
+        for part in parts:
+            for choice in part.choices:
+                texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+        said[image] = texts
+        assert texts == [expected(sighted.gemma, image)[0]] * 2
+    assert said[RED] != said[NOISE]
+
+
+def test_images_in_several_turns(sighted: Served) -> None:
+    content = [{"type": "text", "text": "so"}]
+    images = [{"type": "image_url", "image_url": {"url": data_uri(image), "detail": "low"}} for image in (RED, NOISE)]
+    messages: Any = [
+        {"role": "user", "content": [images[0], *content, images[1]]},
+        {"role": "assistant", "content": "it"},
+        {"role": "user", "content": [*content, images[0]]},
+    ]
+    said = sighted.client.chat.completions.create(**GREEDY, messages=messages, max_tokens=8)
+    sources = [{"type": "image", "image": image} for image in (RED, NOISE)]
+    same: list[Any] = [
+        {"role": "user", "content": [sources[0], *content, sources[1]]},
+        {"role": "assistant", "content": "it"},
+        {"role": "user", "content": [*content, sources[0]]},
+    ]
+    assert said.choices[0].message.content == sighted.gemma.chat(same, temperature=0, max_new_tokens=8).result()
+
+
+def test_the_tokens_of_images_are_the_prompts(sighted: Served) -> None:
+    several: list[tuple[bytes, ...]] = [(), (RED,), (RED, NOISE)]
+    used = [sighted.client.chat.completions.create(**seen(*images)).usage for images in several]
+    counts = [usage.prompt_tokens for usage in used if usage]
+    assert counts[1] > counts[0] + IMAGE_TOKENS
+    assert counts == [expected(sighted.gemma, *images)[1] for images in several]
+
+
+def test_images_that_were_encoded_are_counted(sighted: Served) -> None:
+    image = encoded(Image.new("RGB", (9, 7), "green"), "JPEG")
+    before = sighted.metric("encoded_images_total")
+    for _ in range(2):
+        sighted.client.chat.completions.create(**seen(image, n=2))
+    assert sighted.metric("encoded_images_total") == before + 1
+
+
+def test_crops_of_long_images(sighted: Served) -> None:
+    image = encoded(picture(width=600, height=300), "PNG")
+    with serving(sighted.gemma, pan_and_scan=True) as other:
+        said = other.client.chat.completions.create(**seen(image))
+    assert said.usage is not None
+    told = said.choices[0].message.content, said.usage.prompt_tokens
+    assert told == expected(sighted.gemma, image, pan_and_scan=True) != expected(sighted.gemma, image)
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> set[object]:
+    """Return the addresses that anybody connects to, as they come."""
+    made: set[object] = set()
+    connected = socket.create_connection
+
+    def create_connection(address: tuple[str, int], *rest: Any, **options: Any) -> socket.socket:
+        made.add(address)
+        return connected(address, *rest, **options)
+
+    monkeypatch.setattr(socket, "create_connection", create_connection)
+    return made
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_images_that_are_none(sighted: Served, connections: set[object], remote: bool) -> None:
+    """Each is refused by a sentence, nothing is fetched, and then an image is seen again."""
+    assert len(BROKEN) > 20
+    none: list[str | bytes] = [*BROKEN.values(), *REFUSED_ADDRESSES, *PATHS]
+    with serving(sighted.gemma, remote_images=remote) as other:
+        for source in [*none, "data:", "data:image/png;base64,?", ""]:
+            body = seen(source) | {"stream": True}
+            refused(
+                lambda body=body: other.client.chat.completions.create(**body),  # type: ignore[misc]
+                400,
+                "messages[0].content: ",
+                param="messages[0].content",
+            )
+        assert (
+            other.client.chat.completions.create(**seen(RED)).choices[0].message.content
+            == expected(sighted.gemma, RED)[0]
+        )
+        assert connections == {other.server.servers[0].sockets[0].getsockname()}
+
+
+def test_images_on_the_web_are_not_fetched_unasked(sighted: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fetched(url: str) -> bytes:
+        asked.append(url)
+        return RED
+
+    monkeypatch.setattr(server_images, "fetch_picture", fetched)
+    body = seen("https://somewhere.example/a.png")
+    refused(
+        lambda: sighted.client.chat.completions.create(**body),
+        400,
+        "--allow-remote-images",
+        param="messages[0].content",
+    )
+    assert asked == []
+    with serving(sighted.gemma, remote_images=True) as other:
+        said = other.client.chat.completions.create(**body)
+    assert asked == ["https://somewhere.example/a.png"]
+    assert said.choices[0].message.content == expected(sighted.gemma, RED)[0]
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"type": "image", "path": "/etc/passwd"}, "'image'"),
+        ({"type": "image", "image": "/etc/passwd"}, "'image'"),
+        ({"type": "input_audio"}, "'input_audio'"),
+        ({}, "None"),
+        ({"type": "image_url"}, "image_url"),
+        ({"type": "image_url", "image_url": data_uri(RED)}, "image_url"),
+        ({"type": "image_url", "image_url": {"url": 5}}, "image_url"),
+        ({"type": "image_url", "image_url": {"url": data_uri(RED), "detail": "huge"}}, "detail"),
+    ],
+)
+def test_parts_that_are_none(sighted: Served, part: dict[str, Any], named: str) -> None:
+    chat: Any = [{"role": "user", "content": "so"}, {"role": "assistant", "content": "so"}]
+    chat.append({"role": "user", "content": [part]})
+    refused(
+        lambda: sighted.client.chat.completions.create(**HELLO | {"messages": chat}),
+        400,
+        named,
+        param="messages[2].content",
+    )
+
+
+def test_images_where_none_may_be(sighted: Served, served: Served) -> None:
+    create = sighted.client.chat.completions.create
+    refused(lambda: served.client.chat.completions.create(**seen(RED)), 400, "reads text only", param="messages")
+    image = seen(RED)["messages"][0]
+    refused(
+        lambda: create(**HELLO | {"messages": [image | {"role": "system"}, image]}),
+        400,
+        "message 0",
+        param="messages",
+    )
+    refused(lambda: create(**seen(*[RED] * 65)), 400, "65 images", param="messages")
+    error = refused(lambda: create(**seen(*[RED] * 13)), 400, "context_length")
+    assert error.code == "context_length_exceeded"
+
+
+def test_an_image_that_is_larger_than_a_text_may_be(sighted: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = encoded(picture(width=800, height=600), "PNG")
+    assert len(noise) > server_app.MOST_BODY
+    said = sighted.client.chat.completions.create(**seen(noise))
+    assert said.choices[0].message.content == expected(sighted.gemma, noise)[0]
+    monkeypatch.setattr(server_app, "MOST_CHAT", len(noise))
+    refused(lambda: sighted.client.chat.completions.create(**seen(noise)), 413, "limit")
+
+
+def test_what_a_model_reads_is_told(sighted: Served, served: Served) -> None:
+    for other, expected in ((sighted, IMAGE_TOKENS), (served, None)):
+        assert httpx.get(f"{other.url}/v1/models").json()["data"][0]["image_tokens"] == expected
+
+
+def test_a_client_that_hangs_up_amid_an_image(sighted: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, gone, steps = threading.Event(), threading.Event(), []
+    submit = Encoding.submit
+
+    def held(encoding: Encoding) -> Any:
+        reading = submit(encoding)
+        steps.append(encoding)
+        began.set()
+        assert gone.wait(SECONDS)
+        return reading
+
+    monkeypatch.setattr(Encoding, "submit", held)
+    stream = sighted.client.chat.completions.create(**seen(encoded(picture(width=61), "PNG"), stream=True))
+    assert began.wait(SECONDS)
+    job = sighted.engine._jobs[0]
+    stream.close()
+    until(lambda: job.cancelled)
+    gone.set()
+    until(lambda: idle(sighted))
+    assert len(steps) == 1 < steps[0].steps
+    assert sighted.client.chat.completions.create(**HELLO, max_tokens=1).choices
+
+
+def test_a_client_that_hangs_up_while_an_image_is_fetched(sighted: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, gone = threading.Event(), threading.Event()
+
+    def fetched(url: str) -> bytes:
+        began.set()
+        assert gone.wait(SECONDS)
+        return RED
+
+    monkeypatch.setattr(server_images, "fetch_picture", fetched)
+    with serving(sighted.gemma, remote_images=True) as other, ThreadPoolExecutor() as pool:
+        body = seen("https://somewhere.example/a.png")
+        asking = pool.submit(httpx.post, f"{other.url}/v1/chat/completions", json=body, timeout=0.5)
+        assert began.wait(SECONDS)
+        with pytest.raises(httpx.ReadTimeout):
+            asking.result(SECONDS)
+        until(lambda: 'status="499"' in httpx.get(f"{other.url}/metrics").text)
+        gone.set()
+
+
 # Refusals.
 
 
@@ -502,10 +746,10 @@ def test_bad_requests(served: Served) -> None:
     client = served.client
     chat, complete = client.chat.completions.create, client.completions.create
     refused(lambda: chat(**HELLO | {"model": "gpt"}), 404, "'gpt'", NAME, param="model")
-    refused(lambda: chat(**HELLO | {"messages": []}), 400, "user message")
-    refused(lambda: chat(**HELLO | {"messages": HELLO["messages"] * 2}), 400, "message 1", "assistant")
-    image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
-    refused(lambda: chat(**HELLO | {"messages": image}), 400, "message 0")
+    refused(lambda: chat(**HELLO | {"messages": []}), 400, "user message", param="messages")
+    refused(
+        lambda: chat(**HELLO | {"messages": HELLO["messages"] * 2}), 400, "message 1", "assistant", param="messages"
+    )
     refused(lambda: complete(**GREEDY, prompt=[]), 400, "prompt", param="prompt")
     refused(lambda: complete(**GREEDY, prompt=["a"] * 33, n=2), 400, "prompt", param="prompt")
     refused(lambda: complete(**GREEDY, prompt=[len(SCRIPTS) + 10**6]), 400, "vocabulary")
@@ -531,6 +775,9 @@ def test_bodies_that_are_none(served: Served) -> None:
 
 def test_a_body_that_is_too_large(served: Served) -> None:
     body = json.dumps({**GREEDY, "prompt": "x" * server_app.MOST_BODY}).encode()
+    chat = json.dumps(seen(RED, text="x" * MOST_TEXT)).encode()
+    error = served.post("/v1/chat/completions", content=chat, headers={"Content-Type": "application/json"})
+    assert (error.status_code, error.json()["error"]["param"]) == (400, "messages")
     for content in (body, iter([body[:1000], body[1000:]])):  # the first has a length in front, the second has not
         error = served.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
         assert error.status_code == 413

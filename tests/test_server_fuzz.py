@@ -18,9 +18,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from gemma_wgpu import load
-from gemma_wgpu.models.gemma3 import Gemma3Config
 from tests.test_server import NAME, Served, serving
-from tests.tiny import HF, random_weights, write_folder
+from tests.tiny_vision import write_sighted
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +29,7 @@ EXAMPLES = 100  # of each path
 
 @pytest.fixture(scope="module")
 def guessing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = write_folder(tmp_path_factory.mktemp("guessing"), HF, random_weights(Gemma3Config.from_hf(HF)))
-    with load(folder, precision="f32") as gemma, serving(gemma) as served:
+    with load(write_sighted(tmp_path_factory.mktemp("guessing")), precision="f32") as gemma, serving(gemma) as served:
         yield served
 
 

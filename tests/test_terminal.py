@@ -3,22 +3,29 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pexpect  # type: ignore[import-untyped]
 import pytest
 
-from gemma_wgpu import load
+from gemma_wgpu import Gemma, load
 from gemma_wgpu.apps.conversation import Conversation
 from gemma_wgpu.apps.terminal import Chat, _split
+from gemma_wgpu.engine.encoder import Encoding
 from gemma_wgpu.engine.request import Request
-from gemma_wgpu.errors import DeviceError
+from gemma_wgpu.errors import DeviceError, RequestError
 from gemma_wgpu.models.gemma3 import Gemma3Config
 from gemma_wgpu.options import RANGES, Options
+from tests.broken_pictures import encoded, picture
 from tests.tiny import END_OF_TURN, HF, scripted_weights, token, write_folder
+from tests.tiny_vision import IMAGE_TOKENS, NOISE, RED, write_sighted
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +42,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     reply = [token("\n"), token("▁home"), token("▁again"), END_OF_TURN]
     scripts = scripted_weights(Gemma3Config.from_hf(hf), [reply])
     return str(write_folder(tmp_path_factory.mktemp("chat") / "homing", hf, scripts))
+
+
+@pytest.fixture(scope="module")
+def sighted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a model that reads images, and says " home again" in a chat."""
+    hf = HF | {"max_position_embeddings": 4096}
+    reply = [token("\n"), token("▁home"), token("▁again"), END_OF_TURN]
+    scripts = scripted_weights(Gemma3Config.from_hf(hf), [reply])
+    return str(write_sighted(tmp_path_factory.mktemp("chat") / "sighted", hf, scripts))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +105,20 @@ def terminal(model: str, tmp_path: Path) -> Iterator[Terminal]:
 def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
     assert "home again" in terminal.say("Where do you go?")
     help_text = terminal.say("/help")
-    for name in ["help", "system", "reset", "stats", "context", "save", "load", "regenerate", "undo", "set", "exit"]:
+    for name in [
+        "help",
+        "image",
+        "system",
+        "reset",
+        "stats",
+        "context",
+        "save",
+        "load",
+        "regenerate",
+        "undo",
+        "set",
+        "exit",
+    ]:
         assert f"/{name} " in help_text
     assert re.search(r"reply +3 tokens, .* a second \(eos\)", terminal.say("/stats"))
     used = re.search(r"(\d+) of 4,096 tokens of context used", terminal.say("/context"))
@@ -172,6 +201,24 @@ def test_a_full_context(model: str, tmp_path: Path) -> None:
     assert "home again" in chat.say("and now?")
 
 
+def test_an_image_in_the_terminal(sighted: str, tmp_path: Path) -> None:
+    """The name of its file is completed by the tab key."""
+    (tmp_path / "a picture.png").write_bytes(RED)
+    chat = Terminal(tmp_path, sighted)
+    chat.send(f"/image {tmp_path}/a pi\t")
+    chat.wait_for("cture.png")
+    chat.send("\r")
+    assert "a picture.png, 40 x 30 pixels, goes with the next message." in chat.wait_for(PROMPT).replace("\n", "")
+    said = chat.say("What is it?")
+    assert "(reading the image: 1 of " in said
+    assert "home again" in said
+    assert re.search(r"(\d+) of 4,096", chat.say("/context"))
+    assert "none.png: there is no such file" in chat.say(f"/image {tmp_path}/none.png").replace("\n", "")
+    assert "home again" in chat.say("And now?")
+    chat.send("\x04")
+    assert chat.ends()
+
+
 def piped(model: str, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [COMMAND, "chat", "--model", model, "--temperature", "0", *arguments]
     return subprocess.run(command, input=text, text=True, capture_output=True, timeout=60)
@@ -189,6 +236,177 @@ def test_in_a_pipe(model: str, tmp_path: Path) -> None:
     messages = json.loads((tmp_path / "c.json").read_text())["messages"]
     assert messages[0]["content"] == "notes.txt:\n```\nsome notes\n```\n\nhello"
     assert messages[2]["content"] == "two\nlines"
+
+
+@dataclass
+class Talk:
+    """A chat without a terminal, and what it asks the model."""
+
+    chat: Chat
+    conversation: Conversation
+    asked: list[Any]
+    take: Callable[[str], str]  # returns what is printed
+
+
+@contextmanager
+def talk(
+    gemma: Gemma, capsys: pytest.CaptureFixture[str], files: Sequence[Path] = (), *, pan_and_scan: bool = False
+) -> Iterator[Talk]:
+    asked: list[Any] = []
+    conversation = Conversation()
+    chat = Chat(gemma, conversation, Options(temperature=0, max_new_tokens=6), files, pan_and_scan=pan_and_scan)
+    spoken = gemma.chat
+
+    def spy(messages: Any, **options: Any) -> Any:
+        generation = spoken(messages, **options)
+        asked.append(generation.request)
+        return generation
+
+    def take(line: str) -> str:
+        chat._take(line)
+        told = capsys.readouterr()
+        return told.out + told.err
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemma, "chat", spy)
+        capsys.readouterr()
+        yield Talk(chat, conversation, asked, take)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gemma]:
+    """Return a model that reads images, with random weights."""
+    with load(write_sighted(tmp_path_factory.mktemp("chat") / "seeing"), precision="f32") as gemma:
+        yield gemma
+
+
+def part(image: object) -> dict[str, object]:
+    return {"type": "image", "image": image}
+
+
+def test_images_go_with_the_next_message(seeing: Gemma, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """They are seen in each later turn, too, as they were, though they are not encoded again."""
+    red, noise = tmp_path / "red.png", tmp_path / "noise.png"
+    red.write_bytes(RED)
+    noise.write_bytes(NOISE)
+    with talk(seeing, capsys) as talking:
+        assert "red.png, 40 x 30 pixels" in talking.take(f"/image '{red}'")
+        assert "noise.png, 60 x 40 pixels" in talking.take(f"/image {noise}")
+        first = talking.take("so")
+        messages: list[Any] = [{"role": "user", "content": [part(RED), part(NOISE), {"type": "text", "text": "so"}]}]
+        text = seeing.chat(messages, temperature=0, max_new_tokens=6).result()
+        assert first == f"{text}\n(cut off: max_new_tokens is reached)\n"
+        assert talking.asked[0].stats.encoded_images == 2
+        red.unlink()
+        noise.write_bytes(RED)
+        talking.take("it")
+        assert [message["content"] for message in talking.conversation.turns[2::2]] == ["it"]
+        assert talking.asked[-1].stats.encoded_images == 0
+        assert talking.asked[-1].stats.reused_tokens >= talking.asked[0].stats.prompt_tokens
+        assert talking.conversation.tokens(talking.chat._encode) > talking.asked[-1].stats.prompt_tokens
+        assert "forgotten" in talking.take("/reset")
+        with pytest.raises(RequestError, match="red.png: there is no such file"):
+            talking.take(f"/image {red}")
+
+
+def test_images_are_taken_back(seeing: Gemma, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "broken.png").write_bytes(RED[:40])
+    with talk(seeing, capsys) as talking:
+        with pytest.raises(RequestError, match="broken.png"):
+            talking.take(f"/image {tmp_path}/broken.png")
+        talking.take(f"/image {tmp_path}/red.png")
+        assert "No image" in talking.take("/image")
+        talking.take("so")
+        assert talking.conversation.turns[0]["content"] == "so"
+        talking.take(f"/image {tmp_path}/red.png")
+        talking.take("so")
+        assert len(talking.conversation.images) == 1
+        talking.take("/regenerate")
+        assert len(talking.conversation.images) == 1
+        talking.take("/undo")
+        assert talking.conversation.images == []
+
+
+def test_a_conversation_with_images_is_kept(
+    model: str, seeing: Gemma, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file has the paths of the images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "red.png").write_bytes(RED)
+    with talk(seeing, capsys) as talking:
+        talking.take("/image red.png")
+        talking.take("so")
+        talking.take("/save c.json")
+        saved = json.loads((tmp_path / "c.json").read_text())["messages"]
+        assert saved[0]["content"][0] == {"type": "image", "path": str(tmp_path / "red.png")}
+        talking.take("it")
+        told = talking.asked[-1].text
+    with talk(seeing, capsys) as talking:
+        assert "2 messages" in talking.take("/load c.json")
+        talking.take("it")
+        assert talking.asked[-1].text == told
+    (tmp_path / "red.png").unlink()
+    with talk(seeing, capsys) as talking:
+        with pytest.raises(RequestError, match="red.png: there is no such file"):
+            talking.take("/load c.json")
+        assert talking.conversation.turns == []
+    with load(model) as gemma, talk(gemma, capsys) as talking:
+        with pytest.raises(RequestError, match="c.json: .* reads text only"):
+            talking.take("/load c.json")
+        with pytest.raises(RequestError, match="reads text only"):
+            talking.take("/image red.png")
+        assert "home again" in talking.take("so")
+
+
+def test_crops_of_images_count(seeing: Gemma, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "long.png").write_bytes(encoded(picture(width=600, height=300), "PNG"))
+    counts = []
+    for cut in (False, True):
+        with talk(seeing, capsys, [tmp_path / "long.png"], pan_and_scan=cut) as talking:
+            talking.take("so")
+            counts.append(talking.asked[0].stats.prompt_tokens)
+            talking.chat._conversation.take_back_reply()
+            assert talking.conversation.tokens(talking.chat._encode) == counts[-1]
+    assert counts[1] > counts[0] + 2 * IMAGE_TOKENS
+
+
+def test_files_in_front_of_the_first_message(
+    seeing: Gemma, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "a.txt").write_text("it\n")
+    (tmp_path / "latin").write_bytes(b"\xe4")
+    with talk(seeing, capsys, [tmp_path / "red.png", tmp_path / "a.txt"]) as talking:
+        talking.take("so")
+    image, text = talking.conversation.turns[0]["content"]
+    assert image == {"type": "image", "path": str(tmp_path / "red.png")}
+    assert text == {"type": "text", "text": "a.txt:\n```\nit\n```\n\nso"}
+    with pytest.raises(RequestError, match="latin.*UTF-8"), talk(seeing, capsys, [tmp_path / "latin"]):
+        pass
+
+
+def test_ctrl_c_while_an_image_is_read(
+    seeing: Gemma, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message is taken back, and the chat goes on."""
+    (tmp_path / "new.png").write_bytes(encoded(picture(width=50), "PNG"))
+    submit = Encoding.submit
+
+    def interrupted(encoding: Encoding) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return submit(encoding)
+
+    with talk(seeing, capsys) as talking:
+        talking.take(f"/image {tmp_path}/new.png")
+        with monkeypatch.context() as patch:
+            patch.setattr(Encoding, "submit", interrupted)
+            assert talking.take("so") == "(interrupted; the message is taken back)\n"
+        assert talking.conversation.turns == []
+        talking.take(f"/image {tmp_path}/new.png")
+        talking.take("so")
+        assert len(talking.conversation.turns) == 2
+        assert talking.asked[-1].stats.encoded_images == 1
 
 
 def test_text_that_is_no_utf_8(model: str) -> None:

@@ -28,7 +28,7 @@ STANDARD = "-"  # the name of the standard input or output
 
 Result = dict[str, object]
 
-_FIELDS = {*RANGES, "stop", "response_format"}
+_FIELDS = {*RANGES, "stop", "response_format", "pan_and_scan"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Line:
 
     - custom_id: its name, which no other line has.
     - kind: "prompt" or "messages". content: what the line gives under this name.
-    - fields: those of Options, as the line or else the command gives them, and response_format.
+    - fields: those of Options, as the line or else the command gives them, response_format and pan_and_scan.
     """
 
     custom_id: str
@@ -57,10 +57,12 @@ class Line:
             several = "chats" if self.kind == "messages" else "prompts"
             raise RequestError(f"this line has several {several}; give each of them a line of its own")
         fields = dict(self.fields)
-        form = fields.pop("response_format", None)
+        form, pan_and_scan = fields.pop("response_format", None), fields.pop("pan_and_scan", False)
+        if not isinstance(pan_and_scan, bool):
+            raise RequestError(f"pan_and_scan is {pan_and_scan!r}; it must be true or false", option="pan_and_scan")
         options = Options(**fields, constraint=structured.from_response_format(form) if form else None)
         if self.kind == "messages":
-            return gemma.request(gemma.chat_ids(self.content), options)
+            return gemma.request(gemma.chat_prompt(self.content, pan_and_scan=pan_and_scan), options)
         return gemma.request(self.content, options)
 
 

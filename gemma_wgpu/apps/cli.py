@@ -7,16 +7,18 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import click
 from tqdm import tqdm
 
 import gemma_wgpu
+from gemma_wgpu import pictures
 from gemma_wgpu.apps.batch_file import STANDARD, answers, open_results, read_lines
 from gemma_wgpu.apps.conversation import Conversation
 from gemma_wgpu.bench import tables
@@ -36,7 +38,7 @@ from gemma_wgpu.ops.tuner import chosen
 from gemma_wgpu.ops.tuning import usual_tuning
 from gemma_wgpu.options import RANGES, Constraint, Options
 from gemma_wgpu.progress import OnProgress, Progress
-from gemma_wgpu.weights.convert import Quant
+from gemma_wgpu.weights.convert import Quant, TowerQuant
 from gemma_wgpu.weights.convert import convert as write_folder
 from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.summary import LayoutUse, TowerUse, summarize
@@ -109,25 +111,88 @@ _activations_option = click.option(
 )
 
 
-def _model_options(command: F) -> F:
-    """Add the options that say which model is loaded, and how."""
+def _vision_options(command: F) -> F:
+    """Add the options that say which tower a model has."""
     for option in (
-        _precision_option,
-        _activations_option,
+        click.option("--no-vision", is_flag=True, help="Leave the tower that reads images out."),
         click.option(
-            "--context-length",
-            type=int,
-            help="Let prompt and text have so many tokens together.  [default: 4096, or less if the model has less]",
-        ),
-        click.option(
-            "--model",
-            default="demo",
-            show_default=True,
-            help="A .gguf file, a model folder, its URL, a Hugging Face id, or 'demo'.",
+            "--mmproj",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Read the tower of a .gguf file from this file.  [default: an mmproj file beside the model]",
         ),
     ):
         command = option(command)
     return command
+
+
+def _vision(mmproj: Path | None, no_vision: bool) -> bool | Path:
+    """Return what `gemma_wgpu.load` calls `vision`."""
+    if mmproj and no_vision:
+        raise click.UsageError("--mmproj and --no-vision exclude each other")
+    return mmproj or not no_vision
+
+
+_pan_option = click.option(
+    "--pan-and-scan", is_flag=True, help="Let the model also see crops of long images, for more tokens."
+)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model that a command is for, and how it is loaded."""
+
+    name: str
+    precision: str
+    activations: str
+    context_length: int | None
+    vision: bool | Path
+
+    def load(self, *, quiet: bool = False) -> gemma_wgpu.Gemma:
+        """Load it onto the GPU, with a progress bar unless it is to be quiet."""
+        return _load(
+            self.name, self.precision, self.activations, self.context_length, vision=self.vision, quiet=quiet
+        )
+
+
+_MODEL_OPTIONS = (
+    _precision_option,
+    _activations_option,
+    click.option(
+        "--context-length",
+        type=int,
+        help="Let prompt and text have so many tokens together.  [default: 4096, or less if the model has less]",
+    ),
+    _vision_options,
+    click.option(
+        "--model",
+        default="demo",
+        show_default=True,
+        help="A .gguf file, a model folder, its URL, a Hugging Face id, or 'demo'.",
+    ),
+)
+
+
+def _model_options(command: F) -> F:
+    """Add the options that say which model is loaded, and how; they are the command's `model`, a _Model."""
+
+    @wraps(command)
+    def with_model(
+        *,
+        model: str,
+        precision: str,
+        activations: str,
+        context_length: int | None,
+        mmproj: Path | None,
+        no_vision: bool,
+        **others: Any,
+    ) -> Any:
+        vision = _vision(mmproj, no_vision)
+        return command(model=_Model(model, precision, activations, context_length, vision), **others)
+
+    added: Any = with_model
+    for option in _MODEL_OPTIONS:
+        added = option(added)
+    return cast("F", added)
 
 
 _UNSET = {"max_new_tokens": "the text may fill the context", "seed": "random"}
@@ -165,6 +230,15 @@ _batch_size_option = click.option(
 @click.argument("prompt")
 @_model_options
 @click.option("--chat", is_flag=True, help="Send the prompt as a message to an instruction-tuned model.")
+@click.option(
+    "--image",
+    "-f",
+    "images",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Show this image where <start_of_image> stands in the prompt, or in front of it. This may be repeated.",
+)
+@_pan_option
 @_sampling_options()
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. This may be repeated.")
 @click.option(
@@ -183,11 +257,10 @@ _batch_size_option = click.option(
 )
 def generate(
     prompt: str,
-    model: str,
-    precision: str,
-    activations: str,
-    context_length: int | None,
+    model: _Model,
     chat: bool,
+    images: tuple[Path, ...],
+    pan_and_scan: bool,
     schema: Path | None,
     regex: str | None,
     choices: tuple[str, ...],
@@ -200,16 +273,36 @@ def generate(
     if prompt == STANDARD:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         prompt = sys.stdin.read().removesuffix("\n")
-    with _load(model, precision, activations, context_length, quiet=quiet) as gemma:
-        generation = gemma.chat(prompt, options=options) if chat else gemma.generate(prompt, options=options)
-        if not (chat or as_json):
-            click.echo(prompt, nl=False)
+    shown = [pictures.opened(path) for path in images]
+    message = _message(prompt, shown) if chat else []
+    with model.load(quiet=quiet) as gemma, ExitStack() as reading:
+        progress = reading.enter_context(_bar(quiet=quiet or not images))
+        seen: dict[str, Any] = {"pan_and_scan": pan_and_scan, "progress": progress, "options": options}
+        if chat:
+            generation = gemma.chat(message, **seen)
+        else:
+            if images and _IMAGE not in prompt:
+                prompt = _IMAGE * len(images) + prompt
+            generation = gemma.generate(prompt, images=shown, **seen)
+        begun = False
+
+        def begin() -> None:
+            nonlocal begun
+            reading.close()  # the bar makes room for the text
+            if not (chat or as_json or begun):
+                click.echo(prompt, nl=False)
+            begun = True
+
+        if not images:
+            begin()
         try:
             for piece in generation:
+                begin()
                 if not as_json:
                     click.echo(piece.text, nl=False)
         except KeyboardInterrupt:
             generation.stats.finish_reason = "interrupted"
+        begin()
         if as_json:
             result = {"text": generation.text, "ids": generation.ids, "seed": generation.seed}
             click.echo(json.dumps(result | asdict(generation.stats), ensure_ascii=False))
@@ -221,25 +314,45 @@ def generate(
         sys.exit(130)
 
 
+_IMAGE = "<start_of_image>"
+
+
+def _message(text: str, images: Sequence[object]) -> list[dict[str, object]]:
+    """Return a chat of one message, with each PIL image where one stands in the text, or else all in front of it.
+
+    Raises RequestError if the text has another number of them.
+    """
+    texts = text.split(_IMAGE) if images and _IMAGE in text else [*[""] * len(images), text]
+    if len(texts) - 1 != len(images):
+        raise RequestError(
+            f"the number of {_IMAGE} in the prompt is {len(texts) - 1}, but that of its images is {len(images)}; "
+            "write one for each image, or none"
+        )
+    parts: list[dict[str, object]] = [{"type": "text", "text": texts[0]}]
+    for image, following in zip(images, texts[1:], strict=True):
+        parts += [{"type": "image", "image": image}, {"type": "text", "text": following}]
+    return [{"role": "user", "content": parts}]
+
+
 @main.command()
 @_model_options
 @click.option("--system", "-p", default="", metavar="TEXT", help="Say how the model is to behave.")
 @click.option(
     "--file",
+    "--image",
     "-f",
     "files",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Put the text of this file in front of the first message. This may be repeated.",
+    help="Put this file, a text or an image, in front of the first message. This may be repeated.",
 )
+@_pan_option
 @_sampling_options()
 def chat(
-    model: str,
-    precision: str,
-    activations: str,
-    context_length: int | None,
+    model: _Model,
     system: str,
     files: tuple[Path, ...],
+    pan_and_scan: bool,
     **given: Any,
 ) -> None:
     """Talk with an instruction-tuned model. In the chat, /help lists its commands."""
@@ -248,14 +361,15 @@ def chat(
     except ImportError as error:
         raise click.ClickException(f"{error.name} is not installed; pip install 'gemma-wgpu[chat]'") from None
     options = Options(**given)
-    with _load(model, precision, activations, context_length) as gemma:
-        Chat(gemma, Conversation(system), options, files).run()
+    with model.load() as gemma:
+        Chat(gemma, Conversation(system), options, files, pan_and_scan=pan_and_scan).run()
 
 
 @main.command()
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.argument("out", type=click.Path(dir_okay=False, allow_dash=True))
 @_model_options
+@_pan_option
 @_sampling_options("seed")
 @_batch_size_option
 @click.option(
@@ -267,10 +381,8 @@ def chat(
 def batch(
     source: str,
     out: str,
-    model: str,
-    precision: str,
-    activations: str,
-    context_length: int | None,
+    model: _Model,
+    pan_and_scan: bool,
     batch_size: int,
     seed: int,
     **given: Any,
@@ -281,13 +393,16 @@ def batch(
     "messages" of a chat, and any options that Python's `generate` has, if they differ from those given here. Its line
     in OUT has the same "custom_id", and a "text" or an "error".
 
+    A message may have images, as in Python: {"type": "image", "path": "cat.png"} is a part of its content. Its path
+    begins in the folder in which the command runs.
+
     If the command was interrupted or killed, the same command goes on with the lines that are missing in OUT. If
     SOURCE is "-", it is the standard input. If OUT is "-", the results go to the standard output, and the next run
     begins anew. The exit status is 1 if any line of OUT has an error.
     """
     Options(**given, seed=seed)  # it raises before a long load
-    lines = read_lines(source, given, seed)
-    with open_results(out) as results, _load(model, precision, activations, context_length) as gemma:
+    lines = read_lines(source, given | ({"pan_and_scan": True} if pan_and_scan else {}), seed)
+    with open_results(out) as results, model.load() as gemma:
         missing = results.missing(gemma, lines)
         with tqdm(
             desc=f"Writing {out}",
@@ -319,18 +434,24 @@ def batch(
 )
 @_batch_size_option
 @click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="Let so many texts wait.")
+@click.option(
+    "--allow-remote-images",
+    "remote_images",
+    is_flag=True,
+    help="Fetch the images that clients name by web addresses.",
+)
+@_pan_option
 @click.option("--name", help="Let clients call the model by this name.  [default: the model's own]")
 def serve(
-    model: str,
-    precision: str,
-    activations: str,
-    context_length: int | None,
+    model: _Model,
     host: str,
     port: int,
     api_key: str | None,
     origins: tuple[str, ...],
     batch_size: int,
     queue: int,
+    remote_images: bool,
+    pan_and_scan: bool,
     name: str | None,
 ) -> None:
     """Serve a model to clients of OpenAI's API, and to a web page of its own.
@@ -341,14 +462,24 @@ def serve(
         from gemma_wgpu.apps.server import app
     except ImportError as error:
         raise click.ClickException(f"{error.name} is not installed; pip install 'gemma-wgpu[server]'") from None
-    with closing(app.bind(host, port)) as bound, _load(model, precision, activations, context_length) as gemma:
+    with closing(app.bind(host, port)) as bound, model.load() as gemma:
         app.listen(bound)  # before anybody reads where
         click.echo(f"{name or gemma.name} at {app.address(bound)} (Ctrl-C stops)")
         if not (app.is_local(bound) or api_key):
             click.secho(
                 "Anybody who reaches this address may use it; --api-key asks for a key.", err=True, fg="yellow"
             )
-        app.serve(gemma, bound, name=name, api_key=api_key, origins=origins, batch_size=batch_size, waiting=queue)
+        app.serve(
+            gemma,
+            bound,
+            name=name,
+            api_key=api_key,
+            origins=origins,
+            remote_images=remote_images,
+            pan_and_scan=pan_and_scan,
+            batch_size=batch_size,
+            waiting=queue,
+        )
 
 
 def _constraint(schema: Path | None, regex: str | None, choices: tuple[str, ...]) -> Constraint | None:
@@ -365,7 +496,13 @@ def _constraint(schema: Path | None, regex: str | None, choices: tuple[str, ...]
 
 
 def _load(
-    model: str, precision: str, activations: str, context_length: int | None, *, quiet: bool = False
+    model: str,
+    precision: str,
+    activations: str,
+    context_length: int | None,
+    *,
+    vision: bool | Path = False,
+    quiet: bool = False,
 ) -> gemma_wgpu.Gemma:
     with _bar(model, quiet=quiet) as progress:
         return gemma_wgpu.load(
@@ -373,6 +510,7 @@ def _load(
             precision=precision,
             activations=activations,
             context_length=context_length,
+            vision=vision,
             progress=progress,
         )
 
@@ -423,20 +561,42 @@ def _report(gemma: gemma_wgpu.Gemma, generation: Generation) -> None:
     type=click.Choice(["int8", "int4"]),
     help="Write the embedding in this form.  [default: int8 if the matrices are int4, else the same as they]",
 )
+@click.option(
+    "--tower",
+    type=click.Choice(get_args(TowerQuant)),
+    help="Write the tower that reads images in this form.  [default: int8, or as the matrices if those are f16 or "
+    "kept]",
+)
+@_vision_options
 @click.option("--shard-size", default="95MB", show_default=True, help="Write no file that is larger.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a model folder with nothing else in it.")
-def convert(source: str, out: Path, quant: Quant | None, embedding: Any, shard_size: str, force: bool) -> None:
+def convert(
+    source: str,
+    out: Path,
+    quant: Quant | None,
+    embedding: Any,
+    tower: TowerQuant | None,
+    mmproj: Path | None,
+    no_vision: bool,
+    shard_size: str,
+    force: bool,
+) -> None:
     """Write the model SOURCE as the model folder OUT, quantised.
 
     A model folder holds the very bytes that the GPU reads, in files small enough for static hosting. SOURCE can be
     all that --model of `generate` can be.
     """
-    with _bar(source) as progress, open_checkpoint(find(source, progress)) as checkpoint:
+    vision = _vision(mmproj, no_vision)
+    with (
+        _bar(source) as progress,
+        open_checkpoint(find(source, progress, vision=vision), vision=vision) as checkpoint,
+    ):
         write_folder(
             checkpoint,
             out,
             quant=quant,
             embedding=embedding,
+            tower=tower,
             shard_size=_parse_bytes(shard_size),
             force=force,
             progress=progress,
@@ -595,9 +755,9 @@ def bench(
     if plot:
         tables.pyplot()
     with _bar(model) as progress:
-        path = find(model, progress)
-        peer_path = find(peer_model, progress) if peer_model else path
-    with open_checkpoint(path) as checkpoint:
+        path = find(model, progress, vision=False)
+        peer_path = find(peer_model, progress, vision=False) if peer_model else path
+    with open_checkpoint(path, vision=False) as checkpoint:
         files, config = checkpoint.files, checkpoint.config
     check_context(at, config.max_position_embeddings)
     longest = max(shape.context for shape in at)
@@ -606,7 +766,9 @@ def bench(
     seconds = []
     for last in (False, True):
         started = time.perf_counter()
-        gemma = gemma_wgpu.load(path, precision=precision, activations=activations, context_length=context)
+        gemma = gemma_wgpu.load(
+            path, precision=precision, activations=activations, context_length=context, vision=False
+        )
         seconds.append(time.perf_counter() - started)
         if not last:
             gemma.close()

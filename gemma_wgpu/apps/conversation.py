@@ -12,6 +12,9 @@ from gemma_wgpu.errors import RequestError
 from gemma_wgpu.files import reason, replacing
 from gemma_wgpu.tokens.chat import Message
 
+Turn = dict[str, Any]
+"""A message. Its content is a text or, if it is the user's and has images, a list of texts and of paths of images."""
+
 Encode = Callable[[Sequence[Message]], Sequence[int]]
 """This returns the prompt that messages make, as token ids; `Gemma.chat_ids` is one."""
 
@@ -21,16 +24,24 @@ class Conversation:
     """A system text, and the turns of user and assistant."""
 
     system: str = ""
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
 
     @property
     def messages(self) -> list[Message]:
         """Return all of it, as `Gemma.chat` takes it."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
-    def say(self, text: str) -> None:
-        """Add a turn of the user."""
-        self.turns.append({"role": "user", "content": text})
+    @property
+    def images(self) -> list[Path]:
+        """Return the paths of the images in all turns, in order."""
+        parts = [part for turn in self.turns if isinstance(turn["content"], list) for part in turn["content"]]
+        return [Path(part["path"]) for part in parts if part["type"] == "image"]
+
+    def say(self, text: str, images: Sequence[Path] = ()) -> None:
+        """Add a turn of the user; the images, which are named by their paths, stand in front of the text."""
+        parts = [{"type": "image", "path": str(path)} for path in images]
+        content = [*parts, {"type": "text", "text": text}] if parts else text
+        self.turns.append({"role": "user", "content": content})
 
     def reply(self, text: str) -> None:
         """Add a turn of the assistant."""
@@ -89,7 +100,10 @@ class Conversation:
 
     @classmethod
     def load(cls, path: Path) -> tuple[Conversation, dict[str, Any]]:
-        """Read what `save` wrote. Raises RequestError for a file that is missing or holds something else."""
+        """Read what `save` wrote; its images are not opened.
+
+        Raises RequestError for a file that is missing or holds something else.
+        """
         foreign = RequestError(f"{path}: this is no conversation that was saved here; name another file")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -100,7 +114,25 @@ class Conversation:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise foreign from error
         expected = ["user", "assistant"] * len(turns)
-        texts = [conversation.system, *(turn["content"] for turn in turns)]
-        if [turn["role"] for turn in turns] != expected[: len(turns)] or not all(isinstance(t, str) for t in texts):
+        if (
+            not isinstance(conversation.system, str)
+            or [turn["role"] for turn in turns] != expected[: len(turns)]
+            or not all(_is_content(turn["content"], of_user=turn["role"] == "user") for turn in turns)
+        ):
             raise foreign
         return conversation, settings
+
+
+def _is_content(content: object, *, of_user: bool) -> bool:
+    """Say whether it is the content of a turn."""
+    if isinstance(content, str):
+        return True
+    return of_user and isinstance(content, list) and all(_is_part(part) for part in content)
+
+
+def _is_part(part: object) -> bool:
+    """Say whether it is a text or the path of an image."""
+    if not isinstance(part, dict):
+        return False
+    named = {"text": "text", "image": "path"}.get(str(part.get("type")), "")
+    return part.keys() == {"type", named} and isinstance(part[named], str)

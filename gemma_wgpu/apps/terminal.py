@@ -5,46 +5,77 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
-from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
+from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
+from rich.text import Text
 
+from gemma_wgpu import pictures
 from gemma_wgpu.apps.conversation import Conversation
 from gemma_wgpu.engine.request import Piece, Stats
 from gemma_wgpu.errors import GemmaError, RequestError
 from gemma_wgpu.files import reason
 from gemma_wgpu.gemma import Gemma
 from gemma_wgpu.options import RANGES, Options
+from gemma_wgpu.progress import Progress
+from gemma_wgpu.tokens.chat import Message
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _QUOTES = '"""'
 _FENCE = "```"
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """An image of the conversation, and how many crops of it the model sees beside it."""
+
+    image: Image
+    crops: int
+
+
 class Chat:
     """Reads lines, and shows what the model says to them. Lines that begin with a slash are commands.
 
-    The contents of `files` go in front of the first message. Raises RequestError if one cannot be read as text.
+    The contents of `files` go in front of the first message. With `pan_and_scan`, long images are followed by crops
+    of them. Raises RequestError if a file can be read neither as text nor as an image, or if it is an image and the
+    model reads text only.
     """
 
-    def __init__(self, gemma: Gemma, conversation: Conversation, options: Options, files: Iterable[Path]) -> None:
+    def __init__(
+        self,
+        gemma: Gemma,
+        conversation: Conversation,
+        options: Options,
+        files: Iterable[Path],
+        *,
+        pan_and_scan: bool = False,
+    ) -> None:
         self._gemma = gemma
         self._conversation = conversation
         self._options = options
-        self._files = [self._read(path) for path in files]
+        self._pan_and_scan = pan_and_scan
         self._console = Console(highlight=False)
         self._notes = self._console if self._console.is_terminal else Console(stderr=True, highlight=False)
         self._stats: Stats | None = None
         self._over = False
+        self._live: Live | None = None  # while a reply comes
+        # Images stay as they were when they were opened, whatever becomes of the files.
+        self._opened: dict[Path, _Opened] = {}
+        self._images: list[Path] = []  # for the next message, as these texts are
+        self._files = [text for path in files if (text := self._read(path)) is not None]
 
     def run(self) -> None:
         """Talk until /exit, or the end of the input. Raises OSError if the standard output cannot be written."""
@@ -56,6 +87,8 @@ class Chat:
                 self._take(line.strip())
             except GemmaError as error:
                 self._notes.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+            except KeyboardInterrupt:
+                self._note("(interrupted)")
             if self._over:
                 break
 
@@ -66,17 +99,23 @@ class Chat:
                 raise RequestError(f"there is no command /{name}; /help lists them")
             _COMMANDS[name](self, argument.strip())
         elif line:
-            self._conversation.say(
-                "\n\n".join([*self._files, line.removeprefix(_QUOTES).removesuffix(_QUOTES).strip()])
-            )
+            text = line.removeprefix(_QUOTES).removesuffix(_QUOTES).strip()
+            self._conversation.say("\n\n".join([*self._files, text]), self._images)
             self._files.clear()
+            self._images.clear()
             self._answer()
 
     def _answer(self) -> None:
-        """Reply to the last message. If that fails, the message is taken back."""
+        """Reply to the last message. If that fails, or is interrupted before there is text, it is taken back."""
         try:
-            dropped = self._conversation.fit(self._gemma.chat_ids, self._gemma.context_length)
-            generation = self._gemma.chat(self._conversation.messages, options=self._options)
+            self._opened = {path: self._open(path) for path in self._conversation.images}  # the others have gone
+            dropped = self._conversation.fit(self._encode, self._gemma.context_length)
+            generation = self._gemma.chat(
+                [self._with_images(message) for message in self._conversation.messages],
+                pan_and_scan=self._pan_and_scan,
+                progress=self._show_progress,
+                options=self._options,
+            )
             if dropped:
                 kept = " The system text stays." if self._conversation.system else ""
                 self._note(f"The context is full: the oldest {dropped} messages were dropped.{kept}")
@@ -84,7 +123,13 @@ class Chat:
             try:
                 self._show(generation)
             except KeyboardInterrupt:
+                if not generation.text:
+                    raise
                 self._note("(interrupted)")
+        except KeyboardInterrupt:
+            self._conversation.undo()
+            self._note("(interrupted; the message is taken back)")
+            return
         except GemmaError:
             self._conversation.undo()
             raise
@@ -104,6 +149,7 @@ class Chat:
             return
         paragraph = ""
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
+            self._live = live
             try:
                 for piece in pieces:
                     paragraph += piece.text
@@ -112,8 +158,15 @@ class Chat:
                         live.console.print(Markdown(done))
                     live.update(Markdown(paragraph), refresh=True)
             finally:
+                self._live = None
                 live.update("", refresh=True)
                 live.console.print(Markdown(paragraph))
+
+    def _show_progress(self, progress: Progress) -> None:
+        """Show how far the encoding of an image is, in the place where the reply will stand."""
+        if self._live:
+            what = f"{progress.what}: {progress.done} of {progress.total} {progress.unit}"
+            self._live.update(Text(f"({what})", style="dim"), refresh=True)
 
     def _note(self, text: str) -> None:
         self._notes.print(text, style="dim", markup=False, soft_wrap=True)
@@ -123,7 +176,7 @@ class Chat:
         session: PromptSession[str] = PromptSession(
             history=_history(),
             multiline=open_quotes,
-            completer=WordCompleter([f"/{name}" for name in _COMMANDS], sentence=True),
+            completer=_Completer(),
             complete_while_typing=False,
             rprompt=self._left,
         )
@@ -143,17 +196,63 @@ class Chat:
 
     @property
     def _used(self) -> int:
-        return self._conversation.tokens(self._gemma.chat_ids)
+        return self._conversation.tokens(self._encode)
 
-    @staticmethod
-    def _read(path: Path) -> str:
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of the prompt of the conversation's messages, without a look at the pixels of images."""
+        gemma = self._gemma
+        tokens = gemma.vision.tokens if gemma.vision else None
+        crops = [self._open(path).crops for path in self._conversation.images]
+        return gemma.family.chat.encode(gemma.tokenizer, messages, images=tokens, crops=crops)
+
+    def _with_images(self, message: Message) -> Message:
+        """Return a message of the conversation with its images in the place of their paths."""
+        content = message["content"]
+        if not isinstance(content, list):
+            return message
+        parts = [
+            {"type": "image", "image": self._open(Path(part["path"])).image} if part["type"] == "image" else part
+            for part in content
+        ]
+        return {**message, "content": parts}
+
+    def _open(self, path: Path) -> _Opened:
+        """Return an image. Raises RequestError if it cannot be read."""
+        if path not in self._opened:
+            image = pictures.opened(path)
+            self._opened[path] = _Opened(image, len(pictures.crops(image)) if self._pan_and_scan else 0)
+        return self._opened[path]
+
+    def _attach(self, path: Path) -> None:
+        """Put an image in front of the next message. Raises RequestError if it cannot be read, or not seen."""
+        if self._gemma.vision is None:
+            raise RequestError(f"{path}: {self._gemma.name} reads text only; load a model that reads images")
+        path = path.absolute()
+        self._opened.pop(path, None)  # the file may have changed
+        width, height = self._open(path).image.size
+        self._images.append(path)
+        self._note(f"{path.name}, {width:,} x {height:,} pixels, goes with the next message.")
+
+    def _read(self, path: Path) -> str | None:
+        """Return a text that goes in front of the next message, or attach an image."""
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
         except OSError as error:
             raise RequestError(f"{path}: cannot be read: {reason(error)}") from error
+        try:
+            text = content.decode()
         except UnicodeDecodeError as error:
-            raise RequestError(f"{path}: cannot be read as text: it is not UTF-8 ({error.reason})") from error
-        return f"{path.name}:\n{_FENCE}\n{content.rstrip()}\n{_FENCE}"
+            if self._gemma.vision is None:
+                raise RequestError(
+                    f"{path}: cannot be read as text: it is not UTF-8 ({error.reason}), and {self._gemma.name} reads "
+                    "no images"
+                ) from error
+            try:
+                self._attach(path)
+            except RequestError as refusal:
+                raise RequestError(f"{refusal}; if it is a text, save it as UTF-8") from refusal
+            return None
+        return f"{path.name}:\n{_FENCE}\n{text.rstrip()}\n{_FENCE}"
 
     # The commands.
 
@@ -164,6 +263,14 @@ class Chat:
         self._console.print('"""          begins and ends a message of several lines')
         self._console.print("Ctrl-C       interrupts the reply; Ctrl-D leaves")
 
+    def _image(self, path: str) -> None:
+        """Show an image with the next message: /image FILE. Without FILE, none is shown."""
+        if path:
+            self._attach(_path(path.strip("'\"")))  # terminals quote what is dropped on them
+        else:
+            self._images.clear()
+            self._note("No image goes with the next message.")
+
     def _system(self, text: str) -> None:
         """Set how the model is to behave: /system TEXT. Without TEXT, nothing is asked of it."""
         self._conversation.system = text
@@ -172,6 +279,8 @@ class Chat:
     def _reset(self, _: str) -> None:
         """Begin anew, with the same system text."""
         self._conversation.turns.clear()
+        self._images.clear()
+        self._opened.clear()
         self._note("The conversation is forgotten.")
 
     def _statistics(self, _: str) -> None:
@@ -205,6 +314,13 @@ class Chat:
             self._options = Options(**settings)
         except RequestError as error:
             raise RequestError(f"{path}: {error}") from error
+        if conversation.images and self._gemma.vision is None:
+            raise RequestError(
+                f"{path}: there are images in it, and {self._gemma.name} reads text only; load a model that reads "
+                "images"
+            )
+        for image in conversation.images:
+            self._open(image)
         self._conversation = conversation
         self._note(f"{len(conversation.turns)} messages.")
 
@@ -242,6 +358,7 @@ class Chat:
 
 _COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "help": Chat._help,
+    "image": Chat._image,
     "system": Chat._system,
     "reset": Chat._reset,
     "stats": Chat._statistics,
@@ -253,6 +370,20 @@ _COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "set": Chat._set,
     "exit": Chat._exit,
 }
+
+
+class _Completer(Completer):
+    """Completes the names of commands, and of the files that some of them take."""
+
+    _names = WordCompleter([f"/{name}" for name in _COMMANDS], sentence=True)
+    _paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """Return what the line before the cursor can become."""
+        name, space, path = document.text_before_cursor.partition(" ")
+        if space and name in ("/image", "/load", "/save"):
+            return self._paths.get_completions(Document(path), complete_event)
+        return self._names.get_completions(document, complete_event)
 
 
 def _is_open(text: str) -> bool:

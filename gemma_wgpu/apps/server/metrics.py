@@ -26,6 +26,7 @@ class Metrics:
         self._prompt = Counter("prompt_tokens", "Tokens of prompts", **named)
         self._cached = Counter("cached_prompt_tokens", "Tokens of prompts that were in the cache already", **named)
         self._generated = Counter("generated_tokens", "Tokens that were generated", **named)
+        self._images = Counter("encoded_images", "Images that were encoded", **named)
         self._endings = Counter("generations", "Texts by how they ended", ["reason"], **named)
         self._waited = Histogram("wait_seconds", "Seconds from a request to its beginning", buckets=_SECONDS, **named)
         self._first = Histogram(
@@ -51,6 +52,7 @@ class Metrics:
         self._prompt.inc(stats.prompt_tokens)
         self._cached.inc(stats.reused_tokens)
         self._generated.inc(stats.new_tokens)
+        self._images.inc(stats.encoded_images)
         self._waited.observe(waited)
         if stats.new_tokens:
             self._first.observe(stats.prefill_seconds)

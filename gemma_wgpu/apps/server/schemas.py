@@ -57,9 +57,30 @@ _ContentPart = Annotated[
     dict[str, Any],
     WithJsonSchema(
         {
-            "type": "object",
-            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-            "required": ["type", "text"],
+            "oneOf": [
+                {
+                    "title": "TextPart",
+                    "type": "object",
+                    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                    "required": ["type", "text"],
+                },
+                {
+                    "title": "ImagePart",
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "image_url"},
+                        "image_url": {
+                            "type": "object",
+                            "properties": {
+                                "url": {"type": "string", "description": "The image's data, as a data: URI."},
+                                "detail": {"enum": ["auto", "low", "high"]},
+                            },
+                            "required": ["url"],
+                        },
+                    },
+                    "required": ["type", "image_url"],
+                },
+            ]
         }
     ),
 ]
@@ -262,13 +283,14 @@ class Completion(_Response):
 
 
 class ModelCard(BaseModel):
-    """A model that is served."""
+    """A model that is served. An image is `image_tokens` tokens for it; they are null if it reads text only."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
     context_length: int
+    image_tokens: int | None
 
 
 class ModelList(BaseModel):
