@@ -1,17 +1,18 @@
 // Attention of one token of each sequence, with all that surrounds it at decode: QK-norm, RoPE, the cache write and
 // softmax(q K^T) V.
-//     q = SCALE rotate(q_weight * q / rms(q), p)      k = rotate(k_weight * k / rms(k), p)
+//     q = SCALE rotate(q_weight * q / rms(q), p)      k = rotate(k_weight * k / rms(k), p)      v = v, or v / rms(v) if VALUE_NORM
 //     out[h] = sum_j softmax_j(q[h] . k_j) v_j        over the last min(p + 1, WINDOW) positions j
 // Position j lies in ring RING of the sequence (state.wgsl), which holds at least these positions.
 //
-// qkv f32 [sequences, HEADS + 2 KV_HEADS, HEAD_DIM]      norms f32 [2, HEAD_DIM]      rope: rope.wgsl
+// qkv f32 [sequences, HEADS + 2 KV_HEADS, HEAD_DIM], or [sequences, HEADS, HEAD_DIM] if SHARED: another layer has then written
+// the keys and values of this position, too      norms f32 [2, HEAD_DIM]      rope: rope.wgsl
 // key_cache, value_cache half [rows, KV_HEADS, HEAD_DIM]
 // out f32 [sequences, SPLITS, HEADS, HEAD_DIM]      stats f32 [sequences, SPLITS, HEADS] of (max, sum)
 // If SPLITS > 1, out has the softmax of a share of the positions, unnormalised, for attention_combine.wgsl. Else it has the
 // result, and stats is left alone.
 //
-// Grid: x = split, y = key/value head, z = sequence. A workgroup of HEAD_DIM / 4 threads takes the (at most 4) query heads of
-// a key/value head together, so that the cache is read once. It goes over the positions in tiles of as many as it has
+// Grid: x = split, y = up to 4 query heads of a key/value head, z = sequence. A workgroup of HEAD_DIM / 4 threads takes these
+// heads together, so that the cache is read once; if a key/value head has more, several workgroups write the same new row. It goes over the positions in tiles of as many as it has
 // threads: a thread scores one position for all heads, then gathers four elements of the output over all positions of the
 // tile. The softmax is online, in f32.
 override HEADS: u32;
@@ -22,8 +23,12 @@ override SCALE: f32;
 override WINDOW: u32;
 override RING: u32;
 override SPLITS: u32;
+override VALUE_NORM: bool;
+override SHARED: bool;
 override WORKGROUP_SIZE: u32;
 override GROUP = HEADS / KV_HEADS;
+override PARTS = (GROUP + 3u) / 4u;  // workgroups of a key/value head
+override ROW_HEADS = HEADS + select(2u * KV_HEADS, 0u, SHARED);
 override QUERY_VECTORS = 4u * WORKGROUP_SIZE;
 #include "state.wgsl"
 #include "reduce.wgsl"
@@ -47,10 +52,12 @@ var<workgroup> normed_keys: array<vec4<f32>, WORKGROUP_SIZE>;
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let split = group.x;
-    let kv_head = group.y;
+    let kv_head = group.y / PARTS;
+    let first_head = kv_head * GROUP + group.y % PARTS * 4u;
+    let head_count = min((kv_head + 1u) * GROUP - first_head, 4u);
     let position = states[group.z].position;
     let ring = states[group.z].rings[RING];
-    let qkv_start = group.z * (HEADS + 2u * KV_HEADS);
+    let qkv_start = group.z * ROW_HEADS;
     let length = min(position + 1u, WINDOW);
     let oldest_place = (position + 1u - length) % ring.capacity;
     let share = (length + SPLITS - 1u) / SPLITS;
@@ -59,11 +66,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     var heads: array<vec4<f32>, 4>;  // this thread's elements; zero if there are fewer heads
     var squares: vec4<f32>;
-    for (var head = 0u; head < min(GROUP, 4u); head++) {
-        heads[head] = qkv[(qkv_start + kv_head * GROUP + head) * WORKGROUP_SIZE + thread];
+    for (var head = 0u; head < head_count; head++) {
+        heads[head] = qkv[(qkv_start + first_head + head) * WORKGROUP_SIZE + thread];
         squares[head] = dot(heads[head], heads[head]);
     }
-    let key = qkv[(qkv_start + HEADS + kv_head) * WORKGROUP_SIZE + thread];
+    var key = vec4(0.0);
+    if !SHARED { key = qkv[(qkv_start + HEADS + kv_head) * WORKGROUP_SIZE + thread]; }
     let query_scale = SCALE * inverseSqrt(workgroup_sums(thread, squares) / f32(HEAD_DIM) + EPS);
     let key_scale = inverseSqrt(workgroup_sum(thread, dot(key, key)) / f32(HEAD_DIM) + EPS);
     for (var head = 0u; head < 4u; head++) {
@@ -80,10 +88,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let turned_key = normed_key * turn.cos + normed_keys[partner(thread)] * turn.sin;
     workgroupBarrier();
     for (var head = 0u; head < 4u; head++) { queries[head * WORKGROUP_SIZE + thread] = heads[head]; }
-    if first < length && last == length {  // the share with the new position
-        let at = (ring_row(ring, position) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread;
-        key_cache[at] = vec4<half>(turned_key);
-        value_cache[at] = vec4<half>(qkv[(qkv_start + HEADS + KV_HEADS + kv_head) * WORKGROUP_SIZE + thread]);
+    if !SHARED {
+        var value = qkv[(qkv_start + HEADS + KV_HEADS + kv_head) * WORKGROUP_SIZE + thread];
+        if VALUE_NORM { value *= inverseSqrt(workgroup_sum(thread, dot(value, value)) / f32(HEAD_DIM) + EPS); }
+        if first < length && last == length {  // the share with the new position
+            let at = (ring_row(ring, position) * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread;
+            key_cache[at] = vec4<half>(turned_key);
+            value_cache[at] = vec4<half>(value);
+        }
     }
     storageBarrier();
     workgroupBarrier();
@@ -123,8 +135,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
 
     let sums = workgroup_sums(thread, total);
-    for (var head = 0u; head < min(GROUP, 4u); head++) {
-        let row = (group.z * SPLITS + split) * HEADS + kv_head * GROUP + head;
+    for (var head = 0u; head < head_count; head++) {
+        let row = (group.z * SPLITS + split) * HEADS + first_head + head;
         if SPLITS == 1u {
             out[row * WORKGROUP_SIZE + thread] = gathered[head] / sums[head];
         } else {

@@ -2,6 +2,8 @@
 //     residual[i] = SCALE E[tokens[i]]          for the tokens i < count of a chunk, or
 //     residual[s] = SCALE E[tokens[slot[s]]]    if BY_SLOT, for the last token of each of several sequences
 //
+// A token of VOCABULARY or above is looked up as token 0.
+//
 // E is the part [FIRST_ROW, FIRST_ROW + ROWS) of the vocabulary, so that a table over the binding limit is looked up
 // by several dispatches, each of which leaves other parts' tokens alone.
 //
@@ -15,6 +17,7 @@ override FIRST_ROW: u32;
 override ROWS: u32;
 override SCALE: f32;
 override BY_SLOT: bool;
+override VOCABULARY: u32;
 
 @group(0) @binding(0) var<storage, read> quants: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read> scales: array<u32>;
@@ -27,7 +30,8 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     let blocks = K / 32u;
     let block = id.x;
     if block >= blocks || id.y >= states[id.z].count { return; }
-    let row = tokens[select(id.y, states[id.z].slot, BY_SLOT)] - FIRST_ROW;  // below FIRST_ROW it wraps around
+    let token = tokens[select(id.y, states[id.z].slot, BY_SLOT)];
+    let row = select(token, 0u, token >= VOCABULARY) - FIRST_ROW;  // below FIRST_ROW it wraps around
     if row >= ROWS { return; }
     let weights = dequantize(row * blocks + block);
     for (var i = 0u; i < 8u; i++) {

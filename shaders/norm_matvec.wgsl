@@ -1,13 +1,14 @@
 // This multiplies a block's first matrix at decode by a vector, after the norms before it (Gemma 3 report, section 2):
-//     h    = residual + post_weight * previous / rms(previous)      if ADD, else residual
-//     x    = weight * h / rms(h)
+//     h    = residual + post_weight * previous / rms(previous)      if ADD, else residual; the first times `factor` if SCALED
+//     x    = weight * h / rms(h)                                    or h, if not NORMED
 //     y[r] = sum_k W[r, k] x[k]                                     or, if GEGLU,
 //     y[r] = gelu(sum_k W[r, k] x[k]) * sum_k W[ROWS + r, k] x[k]
 // with rms(v) = sqrt(mean(v^2) + eps). Every workgroup computes h. The first one stores it in new_residual, which is another
 // buffer, since the others still read the old one.
 //
 // W: weights.wgsl [ROWS, K], or [2 ROWS, K] if GEGLU      residual, previous, new_residual f32 [K]
-// norms f32 [2, K]: post_weight, weight (1 + w of the report)
+// norms f32 [2, K]: post_weight, weight (1 + w of the report); if SCALED, f32 [2 K + 1]: these and then factor, which
+// post_weight has in it already
 // y f32: rows [FIRST_ROW, FIRST_ROW + ROWS) of it are written
 // Workgroup: see matvec.wgsl. If GEGLU, the two rows of a team are a gate and its up. A team has ROUNDS times two rows one
 // after the other, so that few workgroups compute h.
@@ -19,6 +20,8 @@ override ROWS: u32;
 override FIRST_ROW: u32;
 override EPS: f32;
 override ADD: bool;
+override SCALED: bool;
+override NORMED: bool;
 override GEGLU: bool;
 override VECTORS = K / 4u;
 override LAST_ROW = select(ROWS, 2u * ROWS, GEGLU) - 1u;
@@ -51,15 +54,18 @@ fn normalize_x(thread: u32, is_first: bool) {
     for (var i = thread; i < VECTORS; i += WORKGROUP_SIZE) {
         var h = residual[i];
         if ADD {
+            if SCALED { h *= norms[2u * VECTORS].x; }
             h += previous[i] * scale * norms[i];
             if is_first { new_residual[i] = h; }
         }
         x[i] = h;
         squares += dot(h, h);
     }
-    scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
-    for (var i = thread; i < VECTORS; i += WORKGROUP_SIZE) {
-        x[i] *= scale * norms[VECTORS + i];
+    if NORMED {
+        scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
+        for (var i = thread; i < VECTORS; i += WORKGROUP_SIZE) {
+            x[i] *= scale * norms[VECTORS + i];
+        }
     }
     workgroupBarrier();
 }

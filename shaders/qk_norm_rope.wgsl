@@ -1,7 +1,9 @@
 // This makes the queries, keys and values of a prompt's tokens ready for attention:
-//     q = SCALE rotate(q_weight * q / rms(q), position)      k = rotate(k_weight * k / rms(k), position)      v = v
+//     q = SCALE rotate(q_weight * q / rms(q), position)      k = rotate(k_weight * k / rms(k), position)
+//     v = v, or v / rms(v) if VALUE_NORM
 //
-// qkv f32 [max count, HEADS + 2 KV_HEADS, HEAD_DIM]      norms f32 [2, HEAD_DIM]: q_weight, k_weight (1 + w of the report)
+// qkv f32 [max count, HEADS + 2 KV_HEADS, HEAD_DIM], or [max count, HEADS, HEAD_DIM] if SHARED: the layer then has no keys
+// and values of its own      norms f32 [2, HEAD_DIM]: q_weight, k_weight (1 + w of the report)
 // rope: rope.wgsl      queries half [max count, HEADS, HEAD_DIM]      keys, values half [max count, KV_HEADS, HEAD_DIM]
 // Grid: x = head of qkv, y = token. A workgroup of HEAD_DIM / 4 threads has one head.
 override HEADS: u32;
@@ -9,7 +11,10 @@ override KV_HEADS: u32;
 override HEAD_DIM: u32;
 override EPS: f32;
 override SCALE: f32;
+override VALUE_NORM: bool;
+override SHARED: bool;
 override WORKGROUP_SIZE: u32;
+override ROW_HEADS = HEADS + select(2u * KV_HEADS, 0u, SHARED);
 #include "state.wgsl"
 #include "reduce.wgsl"
 
@@ -29,10 +34,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let head = group.x;
     let token = group.y;
     if token >= state.count { return; }
-    let value = qkv[(token * (HEADS + 2u * KV_HEADS) + head) * WORKGROUP_SIZE + thread];
+    let value = qkv[(token * ROW_HEADS + head) * WORKGROUP_SIZE + thread];
     if head >= HEADS + KV_HEADS {
         let kv_head = head - HEADS - KV_HEADS;
-        values[(token * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread] = vec4<half>(value);
+        var scale = 1.0;
+        if VALUE_NORM { scale = inverseSqrt(workgroup_sum(thread, dot(value, value)) / f32(HEAD_DIM) + EPS); }
+        values[(token * KV_HEADS + kv_head) * WORKGROUP_SIZE + thread] = vec4<half>(value * scale);
         return;
     }
     let is_key = head >= HEADS;

@@ -1,15 +1,16 @@
 // RMSNorm of each token of a prompt, after adding the block's output to the residual stream (Gemma 3 report, section 2):
-//     residual += post_weight * y / rms(y)                   if ADD
+//     residual += post_weight * y / rms(y)                   if ADD, and times `factor` if SCALED
 //     out       = weight * residual / rms(residual)
 // with rms(v) = sqrt(mean(v^2) + eps), in f32. The weights are 1 + w of the report.
 //
 // residual, y f32 [max count, K]      out half [max count, K], or [1, K] if LAST, for the step's last token alone
-// norms f32 [2, K]: post_weight, weight
+// norms f32 [2, K]: post_weight, weight; if SCALED, f32 [2 K + 1]: these and then factor, which post_weight has in it already
 // Grid: one workgroup a token.
 override WORKGROUP_SIZE: u32;
 override K: u32;
 override EPS: f32;
 override ADD: bool;
+override SCALED: bool;
 override LAST: bool;
 #include "reduce.wgsl"
 #include "state.wgsl"
@@ -32,6 +33,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         let scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
         for (var i = thread; i < size; i += WORKGROUP_SIZE) {
+            if SCALED { residual[start + i] *= norms[2u * size].x; }
             residual[start + i] += y[start + i] * scale * norms[i];
         }
     }

@@ -24,7 +24,17 @@ from gemma_wgpu.ops.kv_cache import KVCache, Lease, Ring, ring_words
 from gemma_wgpu.ops.launch import Launch, Value, record
 from gemma_wgpu.ops.rope import RopeTables
 from gemma_wgpu.ops.scratch import Scratch
-from gemma_wgpu.ops.step import Attention, BatchStep, ChunkStep, Norms, Product, Step, Surroundings, TokenStep
+from gemma_wgpu.ops.step import (
+    Attention,
+    BatchStep,
+    ChunkStep,
+    Normed,
+    Norms,
+    Product,
+    Step,
+    Surroundings,
+    TokenStep,
+)
 from gemma_wgpu.ops.tuning import Tuning
 from gemma_wgpu.options import Options
 
@@ -176,8 +186,7 @@ class Runner:
         """Make the memory for the largest steps, so that what the model takes is known before it runs."""
         lease = self.cache.lease([], 0)
         for step in (self._chunk_step(self.prefill_chunk), self._token_step(prompt=False)):
-            x = self.model.forward(step)
-            step.logits(x, self.model.head, self._own["logits"])
+            self._logits(step, self.model.forward(step))
             self._scratch.place(step.launches)
         lease.end("nothing was computed")
 
@@ -256,7 +265,7 @@ class Runner:
             layers = len(step.launches)
             hidden_out = Value("hidden states", step.count, len(x.norm.weight))
             hidden = step.hidden(x, hidden_out)
-            step.logits(x, self.model.head, self._own["logits"])
+            self._logits(step, x)
             placed = self._scratch.place(step.launches)
             self._steps[kind, count] = _Recorded(
                 record(self.device, step.launches[:first], placed) if first else None,
@@ -268,6 +277,15 @@ class Runner:
                 placed,
             )
         return self._steps[kind, count]
+
+    def _logits(self, step: Step, x: Normed) -> None:
+        """Write down what computes the logits of a step."""
+        step.logits(x, self.model.head, self._own["logits"])
+        step.launches += self._capped(step, self._own["logits"], step.sequences)
+
+    def _capped(self, step: Step, logits: Buffer, rows: int) -> list[Launch]:
+        cap = self.model.softcap
+        return [] if cap is None else [step.softcap(logits, cap, self.vocab_size, rows)]
 
     def _program(self, kind: str, count: int, launches: Callable[[], Sequence[Launch]]) -> Program:
         self._current()
@@ -491,7 +509,9 @@ class Runner:
             step: Step = ChunkStep(self._around, state, self._own["prompt tokens"], n)
             if count == 1:
                 step = TokenStep(self._around, state, self._own["prompt tokens"], by_slot=False)
-            head = record(self.device, step.logits_of(some, self.model.head, logits))
+            head = record(
+                self.device, [*step.logits_of(some, self.model.head, logits), *self._capped(step, logits, n)]
+            )
             self.device.submit([layers, keep])
             for start in range(first, count, n):
                 rows = min(n, count - start)

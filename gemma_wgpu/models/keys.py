@@ -50,11 +50,11 @@ class Keys:
             raise self.error(key, f"is {shown(value)}, not a text")
         return value
 
-    def count(self, key: str, default: int | None = None, *, most: int = _MOST) -> int:
-        """Return an integer in [1, most]. Without a default, a key that is null counts as missing."""
+    def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
+        """Return an integer in [least, most]. Without a default, a key that is null counts as missing."""
         value = self._required(key) if default is None else self._mapping.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise self.error(key, f"is {shown(value)}, not a whole number from 1 to {most}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.error(key, f"is {shown(value)}, not a whole number from {least} to {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -64,9 +64,9 @@ class Keys:
             raise self.error(key, f"is {shown(value)}, not a positive number")
         return float(value)
 
-    def size(self, key: str) -> int:
+    def size(self, key: str, default: int | None = None) -> int:
         """Return a count that is a multiple of 32, since the rows of weights are read in blocks."""
-        value = self.count(key)
+        value = self.count(key, default)
         if value % BLOCK:
             raise self.error(key, f"is {value}; only multiples of {BLOCK} can be run")
         return value

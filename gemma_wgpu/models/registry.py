@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gemma_wgpu.models import gemma3
+from gemma_wgpu.models import gemma3, gemma3n, gemma4
 from gemma_wgpu.models.keys import Keys, listed, shown
 from gemma_wgpu.models.spec import Family
 
-FAMILIES: list[Family] = [gemma3.FAMILY]
+FAMILIES: list[Family] = [gemma3.FAMILY, gemma3n.FAMILY, gemma4.FAMILY]
 
 
 def family_of_hf(config: Mapping[str, object], source: str) -> Family:

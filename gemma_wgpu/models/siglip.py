@@ -248,7 +248,7 @@ class Siglip(VisionModel):
             return await loader.linear(*(f"{n}.weight" for n in names), biases=[f"{n}.bias" for n in names])
 
         model.patch_embedding = await linear(_PATCH)
-        model.position_embedding = await loader.table(_POSITION)
+        model.position_embedding = await loader.vectors(_POSITION)
         model.layers = []
         for index in range(config.num_hidden_layers):
             name = _layer(index)

@@ -25,7 +25,8 @@ from gemma_wgpu.tokens.chat import ChatTemplate, ImageTokens
 class Kind(Enum):
     """What a tensor is for, which decides how it is stored and quantised.
 
-    - MATRIX: a weight matrix (rows, cols). EMBEDDING: the table of token embeddings, which is the head too.
+    - MATRIX: a weight matrix (rows, cols). EMBEDDING: the table of token embeddings, which is the head too. LOOKUP: a
+      table of which only the tokens' rows are read.
     - NORM: what a norm multiplies by. NORM_PLUS_ONE: the same less 1 in Hugging Face's files, and with the 1 in
       GGUF's.
     - BIAS: what is added to a matrix's product. TABLE: vectors, a row each, that are added to others.
@@ -35,6 +36,7 @@ class Kind(Enum):
 
     MATRIX = "matrix"
     EMBEDDING = "embedding"
+    LOOKUP = "lookup"
     NORM = "norm"
     NORM_PLUS_ONE = "norm plus one"
     BIAS = "bias"
@@ -44,7 +46,7 @@ class Kind(Enum):
     @property
     def is_matrix(self) -> bool:
         """Say whether it lies on the GPU in one of the layouts of `ops.layout`; anything else is float32."""
-        return self in (Kind.MATRIX, Kind.EMBEDDING, Kind.CONVOLUTION)
+        return self in (Kind.MATRIX, Kind.EMBEDDING, Kind.LOOKUP, Kind.CONVOLUTION)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ class Loader(Protocol):
     async def layer_norm(self, weight: str, bias: str, eps: float) -> LayerNorm:
         """Load a LayerNorm by the names of its weight and its bias in the table."""
 
-    async def table(self, name: str) -> Operand:
-        """Load a table by its name in the table of tensors."""
+    async def vectors(self, *names: str) -> Operand:
+        """Load what is no matrix, float32 and one after the other, by their names in the table."""
 
 
 class VisionModel(ABC):
@@ -147,12 +149,14 @@ class LanguageModel(ABC):
     """A model with its weights: token ids in, logits out.
 
     `caches` says which caches of keys and values its layers have, `ropes` which rotations, and `head` turns the last
-    norm into logits. `vision` reads images, if the model can.
+    norm into logits, which stay inside of [-softcap, softcap] if there is one. `vision` reads images, if the model
+    can.
     """
 
     caches: Sequence[CacheSpec]
     ropes: Sequence[Rope]
     head: Linear
+    softcap: float | None = None
     vision: VisionModel | None = None
 
     @abstractmethod
@@ -170,6 +174,7 @@ class Family:
     - load: makes the model, and loads its weights in the order of the table.
     - chat: how a chat becomes a prompt.
     - prefixes: what the tensors' names begin with in other files than the plain ones, and what is meant.
+    - unread: the tensors of a configuration that files may hold though nobody reads them.
     - ignored: what the names of tensors begin with that a configuration may do without.
     - text_only: the configuration without what reads images.
     - with_projector: the configuration together with that of a GGUF file (its metadata, its path) which has the tower
@@ -184,6 +189,7 @@ class Family:
     load: Callable[[Any, Loader], Coroutine[Any, Any, LanguageModel]]
     chat: ChatTemplate
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    unread: Callable[[Any], list[TensorSpec]] = lambda config: []
     ignored: tuple[str, ...] = ()
     text_only: Callable[[Any], Any] = lambda config: config
     with_projector: Callable[[Any, Mapping[str, object], str], Any] | None = None

@@ -6,6 +6,7 @@ What a kernel computes, and how its buffers are laid out, stands at the top of i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -20,6 +21,7 @@ READ_STEP = 4096  # bytes that a workgroup of read takes at once
 STATE_WORDS = 8  # of the struct State of shaders/state.wgsl
 SUMMARY_BYTES = 16  # of the struct Summary of shaders/sampling.wgsl
 _REDUCE = 64  # threads of the kernels that sum over a workgroup
+_ALTUP_FLOOR = 1e-5  # of the mean square of a stream that is made as long as another one
 
 
 class Sight(IntEnum):
@@ -34,7 +36,8 @@ class Sight(IntEnum):
 class AttentionShape:
     """The shape of an attention.
 
-    Its heads, the window that a query sees, itself included, and the ring it lies in.
+    Its heads, the window that a query sees, itself included, the ring it lies in, whether values are normed, and
+    whether its keys and values are another layer's.
     """
 
     heads: int
@@ -44,6 +47,8 @@ class AttentionShape:
     eps: float
     window: int
     ring: int
+    value_norm: bool = False
+    shared: bool = False
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -113,12 +118,16 @@ class Kernels:
         residual: Operand,
         *,
         scale: float,
+        vocabulary: int,
         max_count: int = 1,
         sequences: int = 1,
         by_slot: bool = False,
     ) -> Launch:
-        """Look up the tokens whose embeddings lie in `part`: those of a chunk, or the last ones of sequences."""
-        constants = _weights(part) | {"SCALE": scale, "BY_SLOT": by_slot}
+        """Look up the tokens whose embeddings lie in `part`: those of a chunk, or the last ones of sequences.
+
+        A token of `vocabulary` or above is looked up as token 0.
+        """
+        constants = _weights(part) | {"SCALE": scale, "BY_SLOT": by_slot, "VOCABULARY": vocabulary}
         operands = (part.quants, part.scales, state, tokens, residual)
         return self._launch("embed", constants, operands, ceil_div(part.cols // 32, 32), max_count, sequences)
 
@@ -133,15 +142,17 @@ class Kernels:
         size: int,
         eps: float,
         add: bool,
+        scaled: bool = False,
         max_count: int,
         last: bool = False,
         half: bool | None = None,
     ) -> Launch:
         """Norm the residual, after adding the norm of `y` to it if `add`; of the `last` token only, or of all.
 
-        `half` says what `out` holds, if not what the precision says.
+        The sum is `scaled` by what stands behind `norms`. `half` says what `out` holds, if not what the precision
+        says.
         """
-        constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "EPS": eps, "ADD": add, "LAST": last}
+        constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "EPS": eps, "ADD": add, "SCALED": scaled, "LAST": last}
         return self._launch("rms_norm", constants, (state, residual, y, norms, out), max_count, half=half)
 
     def matvec(self, part: Part, x: Operand, y: Operand) -> Launch:
@@ -160,15 +171,21 @@ class Kernels:
         *,
         eps: float,
         add: bool,
+        scaled: bool = False,
+        normed: bool = True,
         geglu: bool = False,
     ) -> Launch:
-        """Multiply a part of a matrix by the norm of the residual, after adding the norm of `previous` if `add`."""
+        """Multiply a part of a matrix by the norm of the residual, after adding the norm of `previous` if `add`.
+
+        The sum is `scaled` by what stands behind `norms`. If not `normed`, the matrix is multiplied by the sum.
+        """
         rows = part.rows // 2 if geglu else part.rows
         workgroups = ceil_div(part.rows, 2 * (_REDUCE // self.tuning.lanes))
         # There are workgroups enough to keep the GPU busy, and no more, since each computes the norm.
         rounds = min(max(workgroups // (8 if self.tuning.on_cpu else 256), 1), 4)
         constants = _weights(part) | self._teams()
         constants |= {"ROUNDS": rounds, "ROWS": rows, "EPS": eps, "ADD": add, "GEGLU": geglu}
+        constants |= {"SCALED": scaled, "NORMED": normed}
         operands = (part.quants, part.scales, residual, previous, norms, new_residual, y)
         return self._launch("norm_matvec", constants, operands, *self._spread(ceil_div(workgroups, rounds)))
 
@@ -237,6 +254,145 @@ class Kernels:
         grid = ceil_div(size // 4, 64), max_count
         return self._launch("geglu", {"SIZE": size, "SCALE": scale}, (state, gate_up, out), *grid, half=half)
 
+    def sparse_geglu(
+        self, state: Operand, gate_up: Operand, out: Operand, *, size: int, cut: float, scale: float, max_count: int
+    ) -> Launch:
+        """Do what `geglu` does, for the gates that are more than `cut` standard deviations above their mean."""
+        constants = {"WORKGROUP_SIZE": _REDUCE, "SIZE": size, "CUT": cut, "SCALE": scale}
+        return self._launch("sparse_geglu", constants, (state, gate_up, out), max_count)
+
+    def per_layer_inputs(
+        self,
+        state: Operand,
+        context: Operand,
+        rows: Operand,
+        weight: Operand,
+        out: Operand,
+        *,
+        layers: int,
+        size: int,
+        eps: float,
+        max_count: int,
+    ) -> Launch:
+        """Add the norms of `context` to `rows`, both of which have `size` numbers for each of some `layers`."""
+        constants = {"WORKGROUP_SIZE": _REDUCE, "LAYERS": layers, "SIZE": size, "EPS": eps}
+        return self._launch("per_layer_inputs", constants, (state, context, rows, weight, out), layers, max_count)
+
+    def gated_input(
+        self,
+        state: Operand,
+        gate: Operand,
+        inputs: Operand,
+        out: Operand,
+        *,
+        layer: int,
+        layers: int,
+        size: int,
+        scale: float,
+        max_count: int,
+    ) -> Launch:
+        """Multiply a layer's inputs by the GELU of its gate."""
+        constants = {"SIZE": size, "LAYERS": layers, "LAYER": layer, "SCALE": scale}
+        grid = ceil_div(size // 4, 64), max_count
+        return self._launch("gated_input", constants, (state, gate, inputs, out), *grid)
+
+    def softcap(self, state: Operand, logits: Operand, *, size: int, cap: float, max_count: int) -> Launch:
+        """Keep logits inside of [-cap, cap]."""
+        constants = {"SIZE": size, "CAP": cap}
+        return self._launch("softcap", constants, (state, logits), ceil_div(size, 64), max_count, half=False)
+
+    def altup_begin(
+        self, state: Operand, x: Operand, y: Operand, streams: Operand, *, size: int, max_count: int
+    ) -> Launch:
+        """Begin the streams with `x` and three projections of it."""
+        return self._altup("altup_begin", (state, x, y, streams), size, max_count, FLOOR=_ALTUP_FLOOR)
+
+    def altup_predict(
+        self,
+        state: Operand,
+        streams: Operand,
+        y: Operand,
+        post_weight: Operand,
+        router: Operand,
+        coefficients: Operand,
+        predicted: Operand,
+        active: Operand,
+        *,
+        size: int,
+        eps: float,
+        add: bool,
+        max_count: int,
+    ) -> Launch:
+        """Predict the streams, after adding the norm of `y` to all but the first if `add`."""
+        operands = (state, streams, y, post_weight, router, coefficients, predicted, active)
+        return self._altup("altup_predict", operands, size, max_count, EPS=eps, ADD=add)
+
+    def altup_correct(
+        self,
+        state: Operand,
+        residual: Operand,
+        y: Operand,
+        weights: Operand,
+        router: Operand,
+        coefficients: Operand,
+        streams: Operand,
+        first: Operand,
+        *,
+        size: int,
+        eps: float,
+        max_count: int,
+    ) -> Launch:
+        """Correct the predicted `streams` by the layer's output, which is the residual and the norm of `y`."""
+        operands = (state, residual, y, weights, router, coefficients, streams, first)
+        return self._altup("altup_correct", operands, size, max_count, EPS=eps)
+
+    def altup_split(
+        self,
+        state: Operand,
+        streams: Operand,
+        y: Operand,
+        weight: Operand,
+        outs: Sequence[Operand],
+        *,
+        size: int,
+        eps: float,
+        max_count: int,
+    ) -> Launch:
+        """Take the streams apart, and add the norm of `y` to all but the first."""
+        return self._altup("altup_split", (state, streams, y, weight, *outs), size, max_count, EPS=eps)
+
+    def altup_end(
+        self, state: Operand, x: Operand, ys: Sequence[Operand], out: Operand, *, size: int, max_count: int
+    ) -> Launch:
+        """Take the mean of the first stream and the projections of the others."""
+        return self._altup("altup_end", (state, x, *ys, out), size, max_count, FLOOR=_ALTUP_FLOOR)
+
+    def laurel(
+        self,
+        state: Operand,
+        residual: Operand,
+        y: Operand,
+        normed: Operand,
+        low: Operand,
+        norms: Operand,
+        out: Operand,
+        *,
+        size: int,
+        eps: float,
+        max_count: int,
+        half: bool,
+    ) -> Launch:
+        """Add an attention's and LAuReL's results to the residual; `half` says what `normed` holds."""
+        constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "EPS": eps}
+        operands = (state, residual, y, normed, low, norms, out)
+        return self._launch("laurel", constants, operands, max_count, half=half)
+
+    def _altup(
+        self, shader: str, operands: tuple[Operand, ...], size: int, max_count: int, **constants: float | bool
+    ) -> Launch:
+        common = {"WORKGROUP_SIZE": _REDUCE, "K": size}
+        return self._launch(shader, common | constants, operands, max_count, half=False)
+
     def gelu(self, state: Operand, x: Operand, out: Operand, *, size: int, scale: float, max_count: int) -> Launch:
         """Take the GELU of vectors of `size` numbers, and fill them up with zeros to whole blocks of 32."""
         stride = ceil_div(size, 32) * 32
@@ -298,9 +454,10 @@ class Kernels:
         max_count: int,
     ) -> Launch:
         """Norm and rotate queries and keys, and take them and the values apart."""
-        constants = _heads(shape) | {"HEAD_DIM": shape.head_dim, "EPS": shape.eps, "SCALE": shape.scale}
+        constants = _heads(shape) | _norms(shape)
         operands = (state, qkv, norms, rope, queries, keys, values)
-        return self._launch("qk_norm_rope", constants, operands, shape.heads + 2 * shape.kv_heads, max_count)
+        heads = shape.heads if shape.shared else shape.heads + 2 * shape.kv_heads
+        return self._launch("qk_norm_rope", constants, operands, heads, max_count)
 
     def attention_prefill(
         self,
@@ -367,16 +524,11 @@ class Kernels:
         sequences: int = 1,
     ) -> Launch:
         """Let one token of each sequence attend to the cache, and write its key and value there on the way."""
-        constants = _heads(shape) | {
-            "HEAD_DIM": shape.head_dim,
-            "EPS": shape.eps,
-            "SCALE": shape.scale,
-            "WINDOW": shape.window,
-            "RING": shape.ring,
-            "SPLITS": splits,
-        }
+        constants = _heads(shape) | _norms(shape)
+        constants |= {"WINDOW": shape.window, "RING": shape.ring, "SPLITS": splits}
         operands = (state, qkv, norms, rope, key_cache, value_cache, out, stats)
-        return self._launch("attention_decode", constants, operands, splits, shape.kv_heads, sequences)
+        parts = shape.kv_heads * ceil_div(shape.heads // shape.kv_heads, 4)
+        return self._launch("attention_decode", constants, operands, splits, parts, sequences)
 
     def attention_combine(
         self, shape: AttentionShape, shares: Operand, stats: Operand, out: Operand, *, splits: int, sequences: int = 1
@@ -437,3 +589,13 @@ def _weights(part: Part) -> dict[str, int | float | bool]:
 
 def _heads(shape: AttentionShape) -> dict[str, int | float | bool]:
     return {"HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "WORKGROUP_SIZE": shape.head_dim // 4}
+
+
+def _norms(shape: AttentionShape) -> dict[str, int | float | bool]:
+    return {
+        "HEAD_DIM": shape.head_dim,
+        "EPS": shape.eps,
+        "SCALE": shape.scale,
+        "VALUE_NORM": shape.value_norm,
+        "SHARED": shape.shared,
+    }

@@ -31,12 +31,13 @@ _RINGS = 2  # kinds of rings, as in the struct State of shaders/state.wgsl
 class CacheSpec:
     """The shape of one cache.
 
-    A query of its layers sees `window` positions, itself included, or all if it is None.
+    It has `layers` layers, whose queries see `window` positions, themselves included, or all if it is None.
     """
 
     kv_heads: int
     head_dim: int
     window: int | None
+    layers: int = 1
 
     @property
     def size(self) -> int:

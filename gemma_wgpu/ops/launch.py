@@ -18,6 +18,7 @@ class Value:
         self.label = label
         self.rows = rows
         self.size = size
+        self.itemsize = itemsize
         self.nbytes = rows * size * itemsize
         self.scale = scale
 

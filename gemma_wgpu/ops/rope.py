@@ -18,12 +18,14 @@ _ROWS = 512  # positions that are written at a time: memory in a browser is dear
 class Rope:
     """The rotation of the heads of some layers (RoFormer, arXiv 2104.09864).
 
-    Elements i and i + head_dim / 2 of a head are turned by position / factor * theta^(-2 i / head_dim).
+    Elements i and i + head_dim / 2 of a head are turned by position / factor * theta^(-2 i / head_dim). If `turned`
+    is given, only the first so many pairs are, and the others are left alone.
     """
 
     theta: float
     head_dim: int
     factor: float = 1.0
+    turned: int | None = None
 
     def table(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return (cos, sin) for positions [start, stop): float32 (stop - start, head_dim / 2, 2).
@@ -33,6 +35,7 @@ class Rope:
         """
         periods = self.theta ** (np.arange(0, self.head_dim, 2) / self.head_dim)
         frequencies = np.float32(1) / periods.astype(np.float32) / np.float32(self.factor)
+        frequencies[self.turned or len(frequencies) :] = 0
         angles = (np.arange(start, stop, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
         return np.stack((np.cos(angles), np.sin(angles)), axis=-1).astype(np.float32)
 

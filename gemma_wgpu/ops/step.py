@@ -42,17 +42,17 @@ class Normed:
 
 
 class Sum:
-    """A vector for each token plus a normed one. It is computed where it is used."""
+    """A vector for each token plus a normed one, times `factor`. It is computed where it is used."""
 
-    def __init__(self, x: Value, y: Normed) -> None:
-        self.x, self.y = x, y
+    def __init__(self, x: Value, y: Normed, factor: float = 1.0) -> None:
+        self.x, self.y, self.factor = x, y, factor
         self.value: Value | None = None
 
 
 class Product:
-    """A matrix times a normed vector for one token. It is computed where it is used."""
+    """A matrix times a norm or a sum for one token. It is computed where it is used."""
 
-    def __init__(self, matrix: Linear, x: Normed, label: str) -> None:
+    def __init__(self, matrix: Linear, x: Normed | Sum, label: str) -> None:
         self.matrix, self.x, self.label = matrix, x, label
         self.value: Value | None = None
 
@@ -60,6 +60,9 @@ class Product:
 @dataclass(frozen=True, eq=False)
 class Attention:
     """The attention of a layer: RMSNorm of queries and keys, rotation, softmax(scale q k) v over its cache.
+
+    Values are normed, too, without a weight, if there is a `value_norm`. A layer without a `k_norm` has no keys and
+    values of its own: it reads those that another layer has written to its cache.
 
     A query sees `window` positions, itself included, or all of them if `window` is None. Query head h goes with
     key/value head h * kv_heads / heads. Layers may share a cache. If it is `two_way`, the soft tokens of an image see
@@ -72,10 +75,14 @@ class Attention:
     scale: float
     window: int | None
     q_norm: Norm
-    k_norm: Norm
+    k_norm: Norm | None
     rope: Rope
     cache: int
     two_way: bool = False
+    value_norm: bool = False
+
+
+_NONE = Norm(np.zeros(0, np.float32), 0.0)
 
 
 class Norms:
@@ -84,16 +91,47 @@ class Norms:
     def __init__(self, device: Device) -> None:
         self.nbytes = 0
         self._device = device
-        self._pairs: dict[tuple[Norm | None, Norm], Buffer] = {}
+        self._pairs: dict[tuple[Norm | None, Norm | None, float], Buffer] = {}
 
-    def pair(self, first: Norm | None, second: Norm) -> Buffer:
-        """Return float32 (2, n): the weights of both norms; those of the first one are zero if it is None."""
-        if (first, second) not in self._pairs:
-            weights = np.stack((np.zeros_like(second.weight) if first is None else first.weight, second.weight))
+    def pair(self, first: Norm | None, second: Norm | None, factor: float = 1.0) -> Buffer:
+        """Return float32 (2, n): the weights of both norms, those of the first one times `factor`; none are zeros.
+
+        A `factor` other than 1 stands behind them.
+        """
+        key = first, second, factor
+        if key not in self._pairs:
+            size = len((first or second or _NONE).weight)
+            rows = [np.zeros(size, np.float32) if norm is None else norm.weight for norm in (first, second)]
+            weights = np.concatenate((rows[0] * np.float32(factor), rows[1]))
+            if factor != 1:
+                weights = np.append(weights, np.float32(factor))
             buffer = self._device.upload(weights, "norms")
             self.nbytes += buffer.size
-            self._pairs[first, second] = buffer
-        return self._pairs[first, second]
+            self._pairs[key] = buffer
+        return self._pairs[key]
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What a norm or a sum is of.
+
+    That is a vector, what is added to it if `add`, the norms' weights, and whether the sum is scaled.
+    """
+
+    residual: Value
+    y: Operand
+    norms: Buffer
+    add: bool
+    scaled: bool
+
+
+@dataclass
+class _Chunk:
+    """The keys and values of a chunk in one cache, and how many attentions have used them."""
+
+    keys: Value
+    values: Value
+    uses: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,10 +150,11 @@ class Step(ABC):
 
     `states` (struct State of shaders/state.wgsl) says where each sequence stands, and `tokens` u32 has the tokens: of
     a chunk, or the last one of each slot. `whole` is a State whose count is that of all tokens of the step. `half`
-    says whether the activations are float16. `embedded` are the tokens' embeddings, which the first
-    `embedding_launches` compute; other vectors may take their place before the others run.
+    says whether the activations are float16. A step is of so many `sequences`. `embedded` are the tokens' embeddings,
+    which the first `embedding_launches` compute; other vectors may take their place before the others run.
     """
 
+    sequences = 1
     embedded: Value
     embedding_launches: int
 
@@ -138,9 +177,9 @@ class Step(ABC):
 
     def embed(self, table: Linear, *, scale: float) -> Value:
         """Look up the tokens' rows of `table`, times `scale`: float32 (count, cols)."""
-        self.embedded = out = self._value("residual", table.cols)
+        self.embedded = out = self.value("residual", table.cols)
         for part in table.parts:
-            self._embed(part, out, scale)
+            self._embed(part, out, scale, table.rows)
         self.embedding_launches = len(self.launches)
         return out
 
@@ -148,21 +187,98 @@ class Step(ABC):
         """Return the RMSNorm of `x`."""
         return Normed(x if isinstance(x, Sum) else self._plain(x), norm)
 
-    def add(self, x: Value | Sum, y: Normed) -> Sum:
-        """Return x + y. Nothing may use `x` afterwards: the sum takes its place."""
-        return Sum(x if isinstance(x, Value) else self._sum(x), y)
+    def add(self, x: Value | Sum, y: Normed, *, factor: float = 1.0) -> Sum:
+        """Return (x + y) * factor. Nothing may use `x` afterwards: the sum takes its place."""
+        return Sum(x if isinstance(x, Value) else self._sum(x), y, factor)
 
-    def linear(self, matrix: Linear, x: Value | Normed, label: str = "y") -> Value | Product:
+    def linear(self, matrix: Linear, x: Value | Normed | Sum, label: str = "y") -> Value | Product:
         """Return scale W x + bias, float32 (count, rows). `label` names it in messages."""
-        return self._linear(matrix, self._normed(x) if isinstance(x, Normed) else x, label)
+        return self._linear(matrix, self._computed(x), label)
 
-    def geglu(self, gate_up: Value | Product) -> Value:
-        """Return gelu(gate) * up, where `gate_up` has a gate and an up of the same size one after the other."""
+    def geglu(self, gate_up: Value | Product, *, cut: float | None = None) -> Value:
+        """Return gelu(gate) * up, where `gate_up` has a gate and an up of the same size one after the other.
+
+        With a `cut`, of each token only those gates are let through that are so many standard deviations above their
+        mean, less that.
+        """
         x = self._plain(gate_up)
         out = self._gated(x.size // 2)
-        self._launch(
+        if cut is not None:
+            self.launch(
+                self.around.kernels.sparse_geglu(
+                    self.whole, x, out, size=out.size, cut=cut, scale=out.scale, max_count=self.count
+                )
+            )
+            return out
+        self.launch(
             self.around.kernels.geglu(
                 self.whole, x, out, size=out.size, scale=out.scale, max_count=self.count, half=self.half
+            )
+        )
+        return out
+
+    def lookup(self, table: Linear, *, scale: float) -> Value:
+        """Look up the tokens' rows of a table beside the embedding, times `scale`: float32 (count, cols)."""
+        out = self.value("rows", table.cols)
+        for part in table.parts:
+            self._embed(part, out, scale, table.rows)
+        return out
+
+    def per_layer_inputs(self, context: Value | Product, rows: Value, norm: Norm) -> Value:
+        """Return (norm(context) + rows) / sqrt(2) for each layer: float32 (count, layers * n), as `rows` are."""
+        out, size = self.value("per-layer inputs", rows.size), len(norm.weight)
+        self.launch(
+            self.around.kernels.per_layer_inputs(
+                self.whole,
+                self._plain(context),
+                rows,
+                self.around.norms.pair(norm, None),
+                out,
+                layers=rows.size // size,
+                size=size,
+                eps=norm.eps,
+                max_count=self.count,
+            )
+        )
+        return out
+
+    def gated_input(self, gate: Value | Product, inputs: Value, layer: int) -> Value:
+        """Return gelu(gate) times the inputs of a layer, (count, n), of `inputs`, (count, layers * n)."""
+        g = self._plain(gate)
+        out = self._gated(g.size)
+        self.launch(
+            self.around.kernels.gated_input(
+                self.whole,
+                g,
+                inputs,
+                out,
+                layer=layer,
+                layers=inputs.size // g.size,
+                size=g.size,
+                scale=out.scale,
+                max_count=self.count,
+            )
+        )
+        return out
+
+    def laurel(self, x: Value, attended: Normed, normed: Value, low: Normed) -> Value:
+        """Return (x + attended + normed + low) / sqrt(2): an attention beside a LAuReL (arXiv 2411.07501)."""
+        y, _ = self.normed_operands(attended)
+        z, _ = self.normed_operands(low)
+        out = self.value("residual", x.size)
+        self.launch(
+            self.kernels.laurel(
+                self.whole,
+                x,
+                y,
+                normed,
+                z,
+                self.around.norms.pair(attended.norm, low.norm),
+                out,
+                size=x.size,
+                eps=attended.norm.eps,
+                max_count=self.count,
+                half=half_of(normed, self.half),
             )
         )
         return out
@@ -171,19 +287,32 @@ class Step(ABC):
     def attention(self, attention: Attention, qkv: Value | Product) -> Value:
         """Return what the heads gather, (count, heads * head_dim), and write keys and values to the cache.
 
-        `qkv` has the tokens' queries, keys and values one after the other.
+        `qkv` has the tokens' queries, and then keys and values if the layer has its own, one after the other.
         """
 
     @abstractmethod
     def logits(self, x: Normed, head: Linear, out: Buffer) -> None:
         """Write the logits after the last token of each sequence to `out`, float32 (sequences, rows of `head`)."""
 
+    def softcap(self, logits: Operand, cap: float, size: int, count: int) -> Launch:
+        """Return what keeps logits of `count` tokens, float32 (count, size), inside of [-cap, cap]."""
+        return self.around.kernels.softcap(self.whole, logits, size=size, cap=cap, max_count=count)
+
     def hidden(self, x: Normed, out: Operand) -> Launch:
         """Return what writes a norm for each token to `out`, (count, n), instead of going on with it."""
-        residual, y, norms, add = self._terms(x)
-        size, eps = len(x.norm.weight), x.norm.eps
+        terms = self._terms(x)
         return self.around.kernels.rms_norm(
-            self.whole, residual, y, norms, out, size=size, eps=eps, add=add, max_count=self.count, half=self.half
+            self.whole,
+            terms.residual,
+            terms.y,
+            terms.norms,
+            out,
+            size=len(x.norm.weight),
+            eps=x.norm.eps,
+            add=terms.add,
+            scaled=terms.scaled,
+            max_count=self.count,
+            half=self.half,
         )
 
     def logits_of(self, hidden: Operand, head: Linear, out: Operand) -> list[Launch]:
@@ -193,27 +322,47 @@ class Step(ABC):
     # What the kinds of steps do in their own ways.
 
     @abstractmethod
-    def _embed(self, part: Part, out: Value, scale: float) -> None: ...
+    def _embed(self, part: Part, out: Value, scale: float, vocabulary: int) -> None: ...
 
     @abstractmethod
     def _products(self, matrix: Linear, x: Operand, out: Operand, scale: float) -> list[Launch]: ...
 
     def _linear(self, matrix: Linear, x: Value, label: str) -> Value:
-        out = self._value(label, matrix.rows)
-        self._launch(*self._products(matrix, x, out, matrix.scale / x.scale))
+        out = self.value(label, matrix.rows)
+        self.launch(*self._products(matrix, x, out, matrix.scale / x.scale))
         return out
 
-    def _value(self, label: str, size: int, itemsize: int = 4, scale: float = 1.0) -> Value:
+    def value(self, label: str, size: int, itemsize: int = 4, scale: float = 1.0) -> Value:
+        """Return a new value, (count, size)."""
         return Value(label, self.count, size, itemsize, scale)
 
     def _activation(self, label: str, size: int, scale: float = 1.0) -> Value:
-        return self._value(label, size, 2 if self.half else 4, scale)
+        return self.value(label, size, 2 if self.half else 4, scale)
 
     def _gated(self, size: int) -> Value:
         return self._activation("gated", size)
 
-    def _launch(self, *launches: Launch) -> None:
+    def launch(self, *launches: Launch) -> None:
+        """Write launches down."""
         self.launches += launches
+
+    @property
+    def kernels(self) -> Kernels:
+        """Return the shaders."""
+        return self.around.kernels
+
+    def compute(self, x: Value | Product | Normed | Sum) -> Value:
+        """Compute what would be computed where it is used. A norm is an activation, anything else is float32."""
+        return self._plain(x) if isinstance(x, Product) else self._computed(x)
+
+    def normed_operands(self, x: Normed) -> tuple[Value, Operand]:
+        """Return what a norm is of, and its weight, for kernels that compute it on the way."""
+        return self.compute(x.x), self.around.norms.pair(x.norm, None)
+
+    def _computed(self, x: Value | Normed | Sum) -> Value:
+        if isinstance(x, Value):
+            return x
+        return self._normed(x) if isinstance(x, Normed) else self._sum(x)
 
     def _normed(self, x: Normed) -> Value:
         """Compute a norm, and the sum that it is of."""
@@ -222,36 +371,39 @@ class Step(ABC):
         return x.value
 
     def _rms_norm(self, x: Normed, out: Value, *, last: bool = False, half: bool | None = None) -> Value:
-        residual, y, norms, add = self._terms(x)
-        self._launch(
+        terms = self._terms(x)
+        self.launch(
             self.around.kernels.rms_norm(
                 self.whole,
-                residual,
-                y,
-                norms,
+                terms.residual,
+                terms.y,
+                terms.norms,
                 out,
                 size=len(x.norm.weight),
                 eps=x.norm.eps,
-                add=add,
+                add=terms.add,
+                scaled=terms.scaled,
                 max_count=1 if last else self.count,
                 last=last,
                 half=self.half if half is None else half,
             )
         )
         if isinstance(x.x, Sum):
-            x.x.value = residual
+            x.x.value = terms.residual
         return out
 
-    def _terms(self, x: Normed) -> tuple[Value, Operand, Buffer, bool]:
-        """Return what a norm is of: the vector, what is added to it, the weights of both norms, whether to add."""
-        if isinstance(x.x, Value):
-            return x.x, self.around.kernels.unread, self.around.norms.pair(None, x.norm), False
-        if x.x.value is not None:
-            return x.x.value, self.around.kernels.unread, self.around.norms.pair(None, x.norm), False
-        y = x.x.y
-        if not isinstance(y.x, Value):
-            raise NotImplementedError("the norm of a sum cannot be added")
-        return x.x.x, y.x, self.around.norms.pair(y.norm, x.norm), True
+    def _terms(self, x: Normed | Sum) -> _Terms:
+        """Return what a norm is of, or what a sum is."""
+        inner, norm = (x.x, x.norm) if isinstance(x, Normed) else (x, None)
+        norms = self.around.norms
+        if isinstance(inner, Sum) and inner.value is None:
+            y = inner.y
+            if not isinstance(y.x, Value):
+                raise NotImplementedError("the norm of a sum cannot be added")
+            return _Terms(inner.x, y.x, norms.pair(y.norm, norm, inner.factor), True, inner.factor != 1)
+        value = inner if isinstance(inner, Value) else inner.value
+        assert value is not None
+        return _Terms(value, self.around.kernels.unread, norms.pair(None, norm), False, False)
 
     def _sum(self, x: Sum) -> Value:
         """Compute a sum. No kernel does this alone, so it goes with a norm that nobody needs."""
@@ -277,16 +429,18 @@ class Step(ABC):
             attention.q_norm.eps,
             window=caches.window(spec),
             ring=caches.ring_of(attention.cache),
+            value_norm=attention.value_norm,
+            shared=attention.k_norm is None,
         )
 
     def _decode_attention(self, attention: Attention, qkv: Value, sequences: int) -> Value:
         """Let one token of each sequence attend."""
         kernels, caches, shape = self.around.kernels, self.around.caches, self._shape(attention)
         splits = kernels.splits(shape.window)
-        out = self._value("attended", shape.heads * shape.head_dim)
-        shares = self._value("attention shares", splits * out.size) if splits > 1 else out
-        stats = self._value("attention stats", 2 * splits * shape.heads)
-        self._launch(
+        out = self.value("attended", shape.heads * shape.head_dim)
+        shares = self.value("attention shares", splits * out.size) if splits > 1 else out
+        stats = self.value("attention stats", 2 * splits * shape.heads)
+        self.launch(
             kernels.attention_decode(
                 shape,
                 self.states,
@@ -302,7 +456,7 @@ class Step(ABC):
             )
         )
         if splits > 1:
-            self._launch(kernels.attention_combine(shape, shares, stats, out, splits=splits, sequences=sequences))
+            self.launch(kernels.attention_combine(shape, shares, stats, out, splits=splits, sequences=sequences))
         return out
 
 
@@ -318,17 +472,25 @@ class ChunkStep(Step):
     ) -> None:
         super().__init__(around, states, tokens, count, half=around.kernels.half)
         self._reach = reach
+        self._chunks: dict[int, _Chunk] = {}
 
-    def _embed(self, part: Part, out: Value, scale: float) -> None:
-        self._launch(
-            self.around.kernels.embed(part, self.states, self.tokens, out, scale=scale, max_count=self.count)
+    def _embed(self, part: Part, out: Value, scale: float, vocabulary: int) -> None:
+        self.launch(
+            self.around.kernels.embed(
+                part, self.states, self.tokens, out, scale=scale, vocabulary=vocabulary, max_count=self.count
+            )
         )
 
     def _gated(self, size: int) -> Value:
         return self._activation("gated", size, _GEGLU_SCALE)
 
     def _linear(self, matrix: Linear, x: Value, label: str) -> Value:
-        if self.around.int8 and matrix.bias is None and all(part.layout.is_integer for part in matrix.parts):
+        if (
+            self.around.int8
+            and matrix.bias is None
+            and half_of(x, self.half) == self.half
+            and all(part.layout.is_integer for part in matrix.parts)
+        ):
             return self._int8_product(matrix, x, label)
         return super()._linear(matrix, x, label)
 
@@ -343,16 +505,17 @@ class ChunkStep(Step):
                 scale=scale,
                 bias=matrix.bias,
                 max_count=self.count,
+                half=half_of(x, self.half),
             )
             for part in matrix.parts
         ]
 
     def _int8_product(self, matrix: Linear, x: Value, label: str) -> Value:
-        kernels, scale, out = self.around.kernels, matrix.scale / x.scale, self._value(label, matrix.rows)
-        q, factors = self._value("quantized", x.size, 1), self._value("quantized factors", x.size // 32, 8)
-        self._launch(kernels.quantize(self.states, x, q, factors, size=x.size, max_count=self.count))
+        kernels, scale, out = self.around.kernels, matrix.scale / x.scale, self.value(label, matrix.rows)
+        q, factors = self.value("quantized", x.size, 1), self.value("quantized factors", x.size // 32, 8)
+        self.launch(kernels.quantize(self.states, x, q, factors, size=x.size, max_count=self.count))
         for part in matrix.parts:
-            self._launch(
+            self.launch(
                 kernels.matmul_int8(
                     part, self.states, q, factors, out, stride=matrix.rows, scale=scale, max_count=self.count
                 )
@@ -363,9 +526,9 @@ class ChunkStep(Step):
         """Return the queries, scaled, the keys and the values, normed and rotated, (count, heads, head_dim) each."""
         shape = self._shape(attention)
         queries = self._activation("queries", shape.heads * shape.head_dim)
-        keys = self._activation("keys", shape.kv_heads * shape.head_dim)
-        values = self._activation("values", shape.kv_heads * shape.head_dim)
-        self._launch(
+        size = 4 if shape.shared else shape.kv_heads * shape.head_dim  # a shared layer writes none
+        keys, values = self._activation("keys", size), self._activation("values", size)
+        self.launch(
             self.around.kernels.qk_norm_rope(
                 shape,
                 self.states,
@@ -378,15 +541,21 @@ class ChunkStep(Step):
                 max_count=self.count,
             )
         )
+        if shape.shared:
+            chunk = self._chunks[attention.cache]
+            return queries, chunk.keys, chunk.values
+        self._chunks[attention.cache] = _Chunk(keys, values)
         return queries, keys, values
 
     def attention(self, attention: Attention, qkv: Value | Product) -> Value:
         """Let the chunk attend to the cache and to itself."""
         kernels, caches, shape = self.around.kernels, self.around.caches, self._shape(attention)
         queries, keys, values = self.heads(attention, qkv)
+        chunk = self._chunks[attention.cache]
+        chunk.uses += 1
         cache = caches.keys(attention.cache), caches.values(attention.cache)
         out = self._activation("attended", shape.heads * shape.head_dim)
-        self._launch(
+        self.launch(
             kernels.attention_prefill(
                 shape,
                 self.states,
@@ -399,11 +568,14 @@ class ChunkStep(Step):
                 sight=Sight.REACH if self._reach and attention.two_way else Sight.CAUSAL,
                 reach=self._reach,
             ),
-            # This comes after the attention: until then a ring holds the window before the chunk.
-            kernels.cache_write(
-                self.states, keys, values, *cache, size=keys.size, ring=shape.ring, max_count=self.count
-            ),
         )
+        # This comes after all attentions to the cache: until then a ring holds the window before the chunk.
+        if chunk.uses == caches.specs[attention.cache].layers:
+            self.launch(
+                kernels.cache_write(
+                    self.states, keys, values, *cache, size=keys.size, ring=shape.ring, max_count=self.count
+                )
+            )
         return out
 
     def logits(self, x: Normed, head: Linear, out: Buffer) -> None:
@@ -421,14 +593,16 @@ class TokenStep(Step):
         super().__init__(around, states, tokens, 1)
         self._by_slot = by_slot
 
-    def _embed(self, part: Part, out: Value, scale: float) -> None:
-        self._launch(
-            self.around.kernels.embed(part, self.states, self.tokens, out, scale=scale, by_slot=self._by_slot)
+    def _embed(self, part: Part, out: Value, scale: float, vocabulary: int) -> None:
+        self.launch(
+            self.around.kernels.embed(
+                part, self.states, self.tokens, out, scale=scale, vocabulary=vocabulary, by_slot=self._by_slot
+            )
         )
 
-    def linear(self, matrix: Linear, x: Value | Normed, label: str = "y") -> Value | Product:
+    def linear(self, matrix: Linear, x: Value | Normed | Sum, label: str = "y") -> Value | Product:
         """Return scale W x + bias."""
-        if isinstance(x, Normed) and matrix.bias is None and matrix.scale == 1:
+        if not isinstance(x, Value) and matrix.bias is None and matrix.scale == 1:
             return Product(matrix, x, label)
         return super().linear(matrix, x, label)
 
@@ -439,37 +613,40 @@ class TokenStep(Step):
         if isinstance(x, Value):
             return x
         if x.value is None:
-            x.value = self._value(x.label, x.matrix.rows)
+            x.value = self.value(x.label, x.matrix.rows)
             self._norm_product(x, x.value, geglu=False)
         return x.value
 
-    def geglu(self, gate_up: Value | Product) -> Value:
+    def geglu(self, gate_up: Value | Product, *, cut: float | None = None) -> Value:
         """Return gelu(gate) * up."""
-        if isinstance(gate_up, Value) or len(gate_up.matrix.parts) > 1:
-            return super().geglu(gate_up)
+        if isinstance(gate_up, Value) or len(gate_up.matrix.parts) > 1 or cut is not None:
+            return super().geglu(gate_up, cut=cut)
         out = self._gated(gate_up.matrix.rows // 2)
         self._norm_product(gate_up, out, geglu=True)
         return out
 
     def _norm_product(self, x: Product, out: Value, *, geglu: bool) -> None:
-        residual, previous, norms, add = self._terms(x.x)
-        new = self._value("residual", residual.size) if add else residual
+        terms, normed = self._terms(x.x), isinstance(x.x, Normed)
+        summed = x.x.x if isinstance(x.x, Normed) else x.x
+        new = self.value("residual", terms.residual.size) if terms.add else terms.residual
         for part in x.matrix.parts:
-            self._launch(
+            self.launch(
                 self.around.kernels.norm_matvec(
                     part,
-                    residual,
-                    previous,
-                    norms,
-                    new if add else self.around.kernels.unwritten,
+                    terms.residual,
+                    terms.y,
+                    terms.norms,
+                    new if terms.add else self.around.kernels.unwritten,
                     out,
-                    eps=x.x.norm.eps,
-                    add=add,
+                    eps=x.x.norm.eps if isinstance(x.x, Normed) else x.x.y.norm.eps,
+                    add=terms.add,
+                    scaled=terms.scaled,
+                    normed=normed,
                     geglu=geglu,
                 )
             )
-        if isinstance(x.x.x, Sum):
-            x.x.x.value = new
+        if isinstance(summed, Sum):
+            summed.value = new
 
     def attention(self, attention: Attention, qkv: Value | Product) -> Value:
         """Let the token attend to the cache and to itself."""
@@ -485,11 +662,19 @@ class BatchStep(Step):
 
     def __init__(self, around: Surroundings, states: Buffer, tokens: Buffer, count: int, whole: Buffer) -> None:
         super().__init__(around, states, tokens, count, whole=whole)
+        self.sequences = count
 
-    def _embed(self, part: Part, out: Value, scale: float) -> None:
-        self._launch(
+    def _embed(self, part: Part, out: Value, scale: float, vocabulary: int) -> None:
+        self.launch(
             self.around.kernels.embed(
-                part, self.states, self.tokens, out, scale=scale, sequences=self.count, by_slot=True
+                part,
+                self.states,
+                self.tokens,
+                out,
+                scale=scale,
+                vocabulary=vocabulary,
+                sequences=self.count,
+                by_slot=True,
             )
         )
 
@@ -502,14 +687,19 @@ class BatchStep(Step):
 
     def logits(self, x: Normed, head: Linear, out: Buffer) -> None:
         """Write the logits after each token."""
-        self._launch(*self._products(head, self._normed(x), out, head.scale))
+        self.launch(*self._products(head, self._normed(x), out, head.scale))
+
+
+def half_of(x: Operand, default: bool) -> bool:
+    """Say whether a matrix's operand is float16; a buffer is as the step's activations are."""
+    return x.itemsize == 2 if isinstance(x, Value) else default
 
 
 def _last_logits(step: Step, x: Normed, head: Linear, out: Buffer) -> None:
     """Write the logits after the last token of the one sequence that a step has."""
     final = Value("final norm", 1, len(x.norm.weight))
     step._rms_norm(x, final, last=True, half=False)
-    step._launch(*(step.around.kernels.matvec(part, final, out) for part in head.parts))
+    step.launch(*(step.around.kernels.matvec(part, final, out) for part in head.parts))
 
 
 def _vector_products(step: Step, matrix: Linear, x: Operand, out: Operand, scale: float) -> list[Launch]:

@@ -60,7 +60,14 @@ class SafetensorsCheckpoint(StoredCheckpoint):
             family,
             config,
             files,
-            matched(family, specs, stored, place=str(path), file_name=lambda spec: spec.name),
+            matched(
+                family,
+                specs,
+                stored,
+                unread=family.unread(config),
+                place=str(path),
+                file_name=lambda spec: spec.name,
+            ),
             plus_one=True,
         )
         self.quantization = self.quantization.lower()

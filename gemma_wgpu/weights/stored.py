@@ -155,12 +155,14 @@ def matched(
     specs: Sequence[TensorSpec],
     stored: Mapping[str, StoredTensor],
     *,
+    unread: Sequence[TensorSpec] = (),
     place: str,
     file_name: Callable[[TensorSpec], str],
 ) -> dict[str, StoredTensor]:
     """Return the tensors of `specs`, which are entries of the family's table, by the names that they have there.
 
-    `stored` has them by the names that the files at `place` use, and `file_name` gives that name for an entry. Raises
+    `stored` has them by the names that the files at `place` use, and `file_name` gives that name for an entry. Those
+    of `unread` may be there, too. Raises
     ModelError for a tensor that is missing or has another shape, and for one that the model does not have.
     """
     left = dict(stored)
@@ -170,6 +172,8 @@ def matched(
             # Some savers write the tied head out. A head that was trained on its own makes another architecture.
             if (other := left.pop(copy, None)) is not None and not other.equals(found[spec.name]):
                 raise other.error(f"is a head apart from the embedding; {family.name} has them tied")
+    for spec in unread:
+        left.pop(file_name(spec), None)
     if left:
         raise next(iter(left.values())).error(f"is not one that {family.name} has; this is another architecture")
     return found

@@ -49,9 +49,9 @@ class Upload(Loader):
         norm = np.stack([await self._vector(weight), await self._vector(bias)])
         return LayerNorm(self._device.upload(norm, weight), norm.shape[1], eps)
 
-    async def table(self, name: str) -> Operand:
-        """Load a table by its name in the table of tensors."""
-        return self._device.upload(await self._vector(name), name)
+    async def vectors(self, *names: str) -> Operand:
+        """Load what is no matrix, float32 and one after the other, by their names in the table."""
+        return self._device.upload(np.concatenate([(await self._vector(name)).ravel() for name in names]), names[0])
 
     async def _vector(self, name: str) -> NDArray[np.float32]:
         vector = await self._weights.vector(name)

@@ -53,7 +53,7 @@ def write(folder: Path, shape: Mapping[str, object] = CONFIG) -> Path:
         spread = 1 + np.float32(0.2) * rng.standard_normal(size, np.float32)
         tensors[name] = _bfloat16(np.float32(factor(name)) * spread - 1)
     write_hf(folder, shape, tensors)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(_vocabulary(config.vocab_size))))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(config.vocab_size))))
     return folder
 
 
@@ -70,7 +70,7 @@ def _bfloat16(values: NDArray[np.float32]) -> tuple[str, NDArray[np.uint16]]:
     return "bfloat16", (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def _vocabulary(size: int) -> Vocabulary:
+def vocabulary(size: int) -> Vocabulary:
     """The control tokens and bytes that every Gemma has, and otherwise no sense."""
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>"]
     types = [CONTROL] * len(pieces) + [1] * (size - len(pieces))

@@ -1,0 +1,114 @@
+"""Small random checkpoints of Gemma 3n and Gemma 4 in which every part of the architecture shows in the logits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_wgpu.models import gemma3n, gemma4
+from gemma_wgpu.models.spec import Family, TensorSpec
+from tests.checkpoints import write_hf
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+# Three layers share caches: one of each kind has several readers, and neither source is the first of its kind.
+_TYPES = [LOCAL, LOCAL, GLOBAL, LOCAL, GLOBAL, LOCAL, LOCAL, GLOBAL]
+WINDOW = 8
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "hidden_size_per_layer_input": 64,
+    "num_hidden_layers": 8,
+    "layer_types": _TYPES,
+    "num_kv_shared_layers": 3,
+    "sliding_window": WINDOW,
+    "final_logit_softcapping": 30.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma3n": _COMMON
+    | {
+        "model_type": "gemma3n_text",
+        "vocab_size_per_layer_input": 384,
+        "intermediate_size": [384] * 5 + [512] * 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "laurel_rank": 32,
+        "altup_num_inputs": 4,
+        "altup_active_idx": 0,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "activation_sparsity_pattern": [0.95] * 3 + [0.0] * 5,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+    },
+    # Eight heads on one, as the E2B has them.
+    "gemma4": _COMMON
+    | {
+        "model_type": "gemma4_text",
+        "vocab_size_per_layer_input": 512,
+        "intermediate_size": 256,
+        "use_double_wide_mlp": True,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "global_head_dim": 128,
+        "rope_parameters": {
+            LOCAL: {"rope_type": "default", "rope_theta": 10_000.0},
+            GLOBAL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+        },
+    },
+}
+FAMILIES: dict[str, Family] = {"gemma3n": gemma3n.FAMILY, "gemma4": gemma4.FAMILY}
+# Gemma 3n's table of per-layer inputs lacks the row of one of these.
+IDS: list[int] = [2, *np.random.Generator(np.random.PCG64(8)).integers(3, 384, 58).tolist(), 400, 17]
+
+
+def write(folder: Path, name: str) -> Path:
+    """Write config.json and model.safetensors, the same bytes every time; return `folder`."""
+    family, config = FAMILIES[name], FAMILIES[name].config.from_hf(CONFIGS[name])
+    rng = np.random.Generator(np.random.PCG64(9))
+    specs = sorted((*family.tensors(config), *family.unread(config)), key=lambda spec: spec.name)
+    tensors = {
+        spec.name.replace("model.language_model.", "model."): ("bfloat16", _bfloat16(_weights(spec, rng)))
+        for spec in specs
+    }
+    write_hf(folder, CONFIGS[name], tensors)
+    return folder
+
+
+def _weights(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.float32]:
+    mean, deviation = _spread(spec)
+    return (mean + deviation * rng.standard_normal(spec.shape, np.float32)).astype(np.float32)
+
+
+def _spread(spec: TensorSpec) -> tuple[float, float]:
+    """The mean and the standard deviation of a tensor."""
+    part = spec.name.removesuffix(".weight").rpartition(".")[2]
+    if part == "norm":
+        return 8.0, 1.5
+    if part in ("q_norm", "k_norm"):  # the attention's scale is 1
+        return 0.5, 0.1
+    if part.startswith("post_"):  # what a layer adds is smaller than what it adds it to
+        return 0.5, 0.1
+    if part == "layer_scalar":
+        return 0.8, 0.2
+    if part == "correct_output_scale":
+        return 1.0, 0.3
+    if part == "modality_router":  # its inputs are divided by the hidden size
+        return 0.0, spec.shape[1] ** 0.5
+    if part == "prediction_coefs":
+        return 0.0, 0.15
+    if part == "correction_coefs":
+        return 0.0, 0.3
+    if part == "embed_tokens_per_layer":
+        return 0.0, 64**-0.5
+    return (1.0, 0.2) if len(spec.shape) == 1 else (0.0, spec.shape[1] ** -0.5)
+
+
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    return (values.view(np.uint32) >> 16).astype(np.uint16)

@@ -1,0 +1,116 @@
+"""Small random Gemma 3n and Gemma 4 against transformers: whole, in chunks, side by side, past the window."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gemma_wgpu import Gemma, load
+from gemma_wgpu.weights.convert import Quant, convert
+from gemma_wgpu.weights.opening import open_checkpoint
+from tests.reference.families import CONFIGS, IDS, write
+from tests.reference.golden import FOLDER, divergence, greedy, largest_error
+from tests.reference.random_1b import vocabulary
+from tests.vocabulary import tokenizer_json
+
+Report = Callable[[str], None]
+
+with np.load(FOLDER / "families.npz") as recorded:
+    LOGITS: dict[str, NDArray[np.float32]] = {name: recorded[f"{name}_logits"] for name in CONFIGS}
+    GREEDY: dict[str, list[int]] = {name: recorded[f"{name}_greedy"].tolist() for name in CONFIGS}
+
+F32 = 3e-5  # of the largest logit
+F16_DIVERGENCE = (
+    2e-3  # nats at a position: the attention's scale is 1, so scores are large, and float16 keys round them
+)
+
+every_family = pytest.mark.parametrize("name", list(CONFIGS), scope="module")
+
+
+@pytest.fixture(scope="module")
+def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("families") / name, name)
+
+
+@pytest.fixture(scope="module")
+def f32(folder: Path) -> Iterator[Gemma]:
+    with load(folder, precision="f32", context_length=128) as model:
+        yield model
+
+
+@every_family
+def test_logits(name: str, f32: Gemma, report: Report) -> None:
+    error = largest_error(f32.logits(IDS), LOGITS[name]) / np.abs(LOGITS[name]).max()
+    report(f"{error:.1e} of the largest, {f32.runner.decode_dispatches} dispatches a token")
+    assert error < F32
+
+
+@every_family
+def test_greedy(name: str, f32: Gemma) -> None:
+    f32.reset()
+    assert greedy(f32, IDS, most=8) == GREEDY[name]
+
+
+@every_family
+def test_side_by_side(name: str, f32: Gemma) -> None:
+    f32.reset()
+    prompts = [IDS, IDS[:9], IDS[:30], IDS]
+    texts = f32.generate(prompts, temperature=0, max_new_tokens=8)
+    texts.result()
+    assert texts.ids[0] == texts.ids[3] == GREEDY[name]
+    for prompt, ids in zip(prompts, texts.ids, strict=True):
+        f32.reset()
+        assert greedy(f32, prompt, most=8) == ids
+
+
+@every_family
+@pytest.mark.parametrize("chunk", [1, 7, 32])
+def test_chunks(name: str, folder: Path, chunk: int) -> None:
+    with load(folder, precision="f32", context_length=128, prefill_chunk=chunk) as model:
+        assert largest_error(model.logits(IDS), LOGITS[name]) < F32 * np.abs(LOGITS[name]).max()
+        model.reset()
+        assert greedy(model, IDS, most=8) == GREEDY[name]
+
+
+@every_family
+def test_decode_gives_the_logits_of_a_prompt(name: str, f32: Gemma) -> None:
+    f32.reset()
+    generation = f32.generate(IDS[:20], temperature=0, max_new_tokens=30, logprobs=0)
+    ours = [piece.logprobs.logprob for piece in generation if piece.logprobs]
+    f32.reset()
+    ids = [*IDS[:20], *generation.ids]
+    logits = f32.logits(ids)[19:-1].astype(np.float64)
+    logits -= np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) + logits.max(
+        1, keepdims=True
+    )
+    expected = logits[np.arange(30), generation.ids]
+    assert np.abs(np.array(ours) - expected).max() < 1e-3
+
+
+@every_family
+def test_f16(name: str, folder: Path, report: Report) -> None:
+    with load(folder, precision="f16", context_length=128) as model:
+        apart = max(map(divergence, model.logits(IDS), LOGITS[name]))
+    report(f"divergence {apart:.1e}")
+    assert apart < F16_DIVERGENCE
+
+
+@every_family
+def test_model_folders(name: str, folder: Path, f32: Gemma, tmp_path: Path) -> None:
+    """A folder of ours has the same weights to the bit if it keeps them, and nearly the same in int8."""
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(512))))
+    f32.reset()
+    expected = f32.logits(IDS)
+    cases: list[tuple[Quant, float]] = [("keep", 0.0), ("int8", 0.5)]
+    for quant, most in cases:
+        convert(open_checkpoint(folder), tmp_path / quant, quant=quant)
+        with load(tmp_path / quant, precision="f32", context_length=128) as model:
+            assert max(map(divergence, model.logits(IDS), expected)) <= most
+
+
+@every_family
+def test_the_window_is_passed(name: str) -> None:
+    assert len(IDS) > 2 * int(CONFIGS[name]["sliding_window"])
