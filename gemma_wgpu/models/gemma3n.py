@@ -12,9 +12,18 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Self
 
-from gemma_wgpu.errors import ModelError
 from gemma_wgpu.models import sharing
-from gemma_wgpu.models.keys import GLOBAL, LOCAL, MOST_LAYERS, Keys, hf_layer_types, hf_rope, shown, text_keys
+from gemma_wgpu.models.keys import (
+    GLOBAL,
+    LOCAL,
+    MOST_LAYERS,
+    Keys,
+    gguf_keys,
+    hf_layer_types,
+    hf_rope,
+    shown,
+    text_keys,
+)
 from gemma_wgpu.models.spec import Family, Kind, LanguageModel, Loader, TensorSpec
 from gemma_wgpu.ops import altup
 from gemma_wgpu.ops.altup import STREAMS, AltUp
@@ -25,6 +34,7 @@ from gemma_wgpu.tokens.chat import GEMMA3
 
 NAME = "Gemma 3n"
 MODEL_TYPES = ("gemma3n", "gemma3n_text")
+ARCHITECTURE = "gemma3n"
 
 _TEXT = sharing.HF_TEXT
 EMBEDDING = f"{_TEXT}embed_tokens.weight"
@@ -37,6 +47,7 @@ FINAL_NORM = f"{_TEXT}norm.weight"
 
 _EVERY = 5  # every fifth layer is global
 _SPARSE_LAYERS = 10
+_GGUF_LAUREL_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -142,8 +153,48 @@ class Gemma3nConfig:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], *, source: str = "GGUF") -> Self:
-        """Raise ModelError: no GGUF architecture leads here."""
-        raise ModelError(f"{source}: {NAME} cannot be read from GGUF; use the model's safetensors folder")
+        """Read the metadata of a GGUF file. Raises ModelError, which names `source` and the key.
+
+        The format says how far above the mean a gate must be, and not the share of gates. What it leaves out is as in
+        llama.cpp: the rank of LAuReL and the local theta.
+        """
+        keys, vocab_size = gguf_keys(metadata, source, NAME, ARCHITECTURE)
+        layers = keys.count("gemma3n.block_count", most=MOST_LAYERS)
+        if keys.count("gemma3n.altup.num_inputs", STREAMS) != STREAMS:
+            raise keys.error("gemma3n.altup.num_inputs", f"is not {STREAMS}")
+        keys.refuse("gemma3n.altup.active_idx")
+        scales = keys.numbers("gemma3n.activation_sparsity_scale", layers)
+        local = keys.numbers("gemma3n.attention.sliding_window_pattern", layers)
+        shared = keys.count("gemma3n.attention.shared_kv_layers", least=0, most=layers - 1)
+        types = tuple(LOCAL if sliding else GLOBAL for sliding in local)
+        if set(types) - set(types[: layers - shared]):
+            raise keys.error("gemma3n.attention.shared_kv_layers", "leaves a kind of layers without keys and values")
+        sizes = keys.numbers("gemma3n.feed_forward_length", layers)
+        if any(size < 1 or size % 32 for size in sizes):
+            raise keys.error("gemma3n.feed_forward_length", "has sizes that are not multiples of 32")
+        return cls(
+            vocab_size=vocab_size,
+            vocab_size_per_layer_input=vocab_size,
+            hidden_size=keys.size("gemma3n.embedding_length"),
+            hidden_size_per_layer_input=keys.size("gemma3n.embedding_length_per_layer_input"),
+            intermediate_size=tuple(map(int, sizes)),
+            num_hidden_layers=layers,
+            num_attention_heads=keys.count("gemma3n.attention.head_count"),
+            num_key_value_heads=keys.count("gemma3n.attention.head_count_kv"),
+            head_dim=keys.count("gemma3n.attention.key_length"),
+            rms_norm_eps=keys.number("gemma3n.attention.layer_norm_rms_epsilon"),
+            rope_theta=keys.number("gemma3n.rope.freq_base", 1_000_000.0),
+            rope_local_base_freq=keys.number("gemma3n.rope.freq_base_swa", 10_000.0),
+            sliding_window=keys.count("gemma3n.attention.sliding_window"),
+            max_position_embeddings=keys.count("gemma3n.context_length"),
+            num_kv_shared_layers=shared,
+            laurel_rank=_GGUF_LAUREL_RANK,
+            activation_sparsity_pattern=tuple(
+                round(NormalDist().cdf(scale), 6) if scale > 0 else 0.0 for scale in scales
+            ),
+            final_logit_softcapping=keys.number("gemma3n.final_logit_softcapping", 30.0),
+            layer_types=types,
+        )
 
     def summary(self) -> dict[str, str]:
         """Return what people want to know of the shape, by name."""
@@ -214,7 +265,7 @@ def _all_tensors(config: Gemma3nConfig) -> list[TensorSpec]:
         ),
         TensorSpec(_PER_LAYER_PROJECTION, "per_layer_model_proj.weight", (inputs, hidden)),
         TensorSpec(_PER_LAYER_NORM, "per_layer_proj_norm.weight", (per_layer,), Kind.NORM),
-        *(TensorSpec(name, f"altup_proj.{i}.weight", (hidden, hidden)) for i, name in enumerate(_PROJECTIONS)),
+        *_stacked(_PROJECTIONS, "altup_proj.weight", hidden),
     ]
     for layer in range(config.num_hidden_layers):
         inner = config.intermediate_size[layer]
@@ -247,11 +298,12 @@ def _all_tensors(config: Gemma3nConfig) -> list[TensorSpec]:
                 ("per_layer_projection.weight", "proj", (hidden, per_layer), Kind.MATRIX),
             )
         ]
-    unembed = [
-        TensorSpec(name, f"altup_unembd_proj.{i}.weight", (hidden, hidden))
-        for i, name in enumerate(_UNEMBED_PROJECTIONS)
-    ]
-    return [*table, *unembed, TensorSpec(FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM)]
+    table += _stacked(_UNEMBED_PROJECTIONS, "altup_unembd_proj.weight", hidden)
+    return [*table, TensorSpec(FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM)]
+
+
+def _stacked(names: Sequence[str], gguf: str, hidden: int) -> list[TensorSpec]:
+    return [TensorSpec(name, gguf, (hidden, hidden), slot=(index, len(names))) for index, name in enumerate(names)]
 
 
 @dataclass(frozen=True)
@@ -397,7 +449,7 @@ class Gemma3n(LanguageModel):
 FAMILY = Family(
     name=NAME,
     model_types=MODEL_TYPES,
-    architectures=(),
+    architectures=(ARCHITECTURE,),
     config=Gemma3nConfig,
     tensors=tensors,
     unread=unread,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.ops.layout import BLOCK
 
@@ -63,6 +65,16 @@ class Keys:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < _HUGE:
             raise self.error(key, f"is {shown(value)}, not a positive number")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> list[float]:
+        """Return `count` numbers, of which a file may give one for all."""
+        value = self._required(key)
+        values = [value] * count if isinstance(value, int | float) else value
+        if not isinstance(values, Sequence | np.ndarray) or len(values) != count:
+            raise self.error(key, f"is {shown(value)}, not a list of {count} numbers")
+        if not all(isinstance(each, int | float | np.number | np.bool_) for each in values):
+            raise self.error(key, f"is {shown(value)}, not a list of numbers")
+        return [float(each) for each in values]
 
     def size(self, key: str, default: int | None = None) -> int:
         """Return a count that is a multiple of 32, since the rows of weights are read in blocks."""

@@ -54,7 +54,8 @@ class TensorSpec:
     """A tensor of a model: what Hugging Face's files and GGUF files call it, its shape, and what it is for.
 
     `copies` are names under which some files hold the same weights once more. A `transposed` matrix has its outputs
-    as columns in the files. `tower` says whether it belongs to an encoder of images, rather than to the language
+    as columns in the files. GGUF files have a tensor with `slot` (i, n) as number i of the n that lie stacked in one.
+    `tower` says whether it belongs to an encoder of images, rather than to the language
     model.
     """
 
@@ -64,6 +65,7 @@ class TensorSpec:
     kind: Kind = Kind.MATRIX
     copies: tuple[str, ...] = ()
     transposed: bool = False
+    slot: tuple[int, int] | None = None
     tower: bool = False
 
     @property

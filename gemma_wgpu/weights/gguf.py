@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.models.registry import family_of_gguf
+from gemma_wgpu.models.spec import TensorSpec
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
 from gemma_wgpu.weights.gguf_file import GGUFHeader
 from gemma_wgpu.weights.mmproj import ARCHITECTURE, Tower, find_tower, read_tower
-from gemma_wgpu.weights.stored import MappedFile, StoredCheckpoint, matched
+from gemma_wgpu.weights.stored import MappedFile, StoredCheckpoint, StoredTensor, matched
 
 # These values of `general.file_type` stand for files whose tensors can be read.
 _FILE_TYPES = {
@@ -44,8 +46,14 @@ class GGUFCheckpoint(StoredCheckpoint):
             raise ModelError(f"{path}: this file has a tower only; give the file of the language model beside it")
         family = family_of_gguf(self.metadata, str(path))
         config = family.config.from_gguf(self.metadata, source=str(path))
+        specs = family.tensors(config)
         stored = matched(
-            family, family.tensors(config), header.tensors(), place=str(path), file_name=lambda spec: spec.gguf
+            family,
+            specs,
+            _apart(specs, header.tensors()),
+            unread=family.unread(config),
+            place=str(path),
+            file_name=_name,
         )
         tower: Tower | None = None
         if isinstance(vision, Path):
@@ -79,3 +87,19 @@ class GGUFCheckpoint(StoredCheckpoint):
     def tokenizer(self) -> Tokenizer:
         """Return the vocabulary's tokenizer. Raises ModelError if it is damaged or not Gemma's."""
         return self.vocabulary().tokenizer(str(self.path))
+
+
+def _name(spec: TensorSpec) -> str:
+    """Return what a tensor is called once those that lie in one are apart."""
+    return spec.gguf if spec.slot is None else f"{spec.gguf} [{spec.slot[0]}]"
+
+
+def _apart(specs: Sequence[TensorSpec], stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors of a file with those apart that lie stacked in one."""
+    apart = dict(stored)
+    for spec in specs:
+        whole = stored.get(spec.gguf)
+        if spec.slot and whole and len(whole.shape) == len(spec.shape) + 1 and whole.shape[0] == spec.slot[1]:
+            apart.pop(spec.gguf, None)
+            apart[_name(spec)] = whole.number(spec.slot[0])
+    return apart

@@ -97,6 +97,11 @@ class StoredTensor:
         """Return all of a dense tensor, float32 in its own shape."""
         return widen(self.file.read(self.offset, self.nbytes), self.encoding.layout).reshape(self.shape)
 
+    def number(self, index: int) -> StoredTensor:
+        """Return tensor number `index` of those that are stacked in this one."""
+        nbytes = self.nbytes // self.shape[0]
+        return StoredTensor(self.label, self.shape[1:], self.encoding, self.file, self.offset + index * nbytes)
+
     def columns(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Return the bytes of columns [start, stop) of a dense matrix, one column after the other."""
         rows, cols = self.shape

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from gemma_wgpu.models import gemma3n, gemma4
 from gemma_wgpu.models.spec import Family, TensorSpec
-from tests.checkpoints import write_hf
+from tests.checkpoints import Raw, write_gguf, write_hf
+from tests.reference import random_1b
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 # Three layers share caches: one of each kind has several readers, and neither source is the first of its kind.
@@ -37,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
-        "laurel_rank": 32,
+        "laurel_rank": 64,
         "altup_num_inputs": 4,
         "altup_active_idx": 0,
         "altup_coef_clip": 120.0,
@@ -79,6 +81,48 @@ def write(folder: Path, name: str) -> Path:
     }
     write_hf(folder, CONFIGS[name], tensors)
     return folder
+
+
+def write_gguf_3n(path: Path) -> Path:
+    """Write the Gemma 3n as llama.cpp's converter does, in F32, with a vocabulary without sense; return `path`."""
+    config = FAMILIES["gemma3n"].config.from_hf(CONFIGS["gemma3n"])
+    rng = np.random.Generator(np.random.PCG64(9))
+    specs = sorted((*gemma3n.tensors(config), *gemma3n.unread(config)), key=lambda spec: spec.name)
+    tensors: dict[str, Raw] = {}
+    for spec in specs:
+        values = (_bfloat16(_weights(spec, rng)).astype(np.uint32) << 16).view(np.float32)
+        if spec.name.endswith("embed_tokens_per_layer.weight"):
+            values = np.pad(values, ((0, config.vocab_size - len(values)), (0, 0)))
+        if spec.slot:
+            before = tensors[spec.gguf][0] if spec.gguf in tensors else np.zeros((0, *spec.shape), np.float32)
+            values = np.concatenate((before, values[None]))
+        tensors[spec.gguf] = values, GGMLQuantizationType.F32
+    vocabulary = random_1b.vocabulary(config.vocab_size)
+    metadata: dict[str, object] = {
+        "general.name": "Tiny",
+        "gemma3n.context_length": config.max_position_embeddings,
+        "gemma3n.embedding_length": config.hidden_size,
+        "gemma3n.embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "gemma3n.block_count": config.num_hidden_layers,
+        "gemma3n.feed_forward_length": list(config.intermediate_size),
+        "gemma3n.attention.head_count": config.num_attention_heads,
+        "gemma3n.attention.head_count_kv": config.num_key_value_heads,
+        "gemma3n.attention.key_length": config.head_dim,
+        "gemma3n.attention.value_length": config.head_dim,
+        "gemma3n.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "gemma3n.attention.sliding_window": config.sliding_window,
+        "gemma3n.attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types],
+        "gemma3n.attention.shared_kv_layers": config.num_kv_shared_layers,
+        "gemma3n.altup.num_inputs": 4,
+        "gemma3n.altup.active_idx": 0,
+        "gemma3n.rope.freq_base": config.rope_theta,
+        "gemma3n.activation_sparsity_scale": [1.6448536] * 3 + [-np.inf] * 5,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": vocabulary.pieces,
+        "tokenizer.ggml.scores": vocabulary.scores.tolist(),
+        "tokenizer.ggml.token_type": [3] * 4 + [6] * 256 + [1] * (config.vocab_size - 260),
+    }
+    return write_gguf(path, metadata, tensors, architecture="gemma3n")
 
 
 def _weights(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.float32]:

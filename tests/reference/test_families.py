@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gemma_wgpu import Gemma, load
 from gemma_wgpu.weights.convert import Quant, convert
 from gemma_wgpu.weights.opening import open_checkpoint
-from tests.reference.families import CONFIGS, IDS, write
+from tests.reference.families import CONFIGS, IDS, write, write_gguf_3n
 from tests.reference.golden import FOLDER, divergence, greedy, largest_error
 from tests.reference.random_1b import vocabulary
 from tests.vocabulary import tokenizer_json
@@ -109,6 +109,13 @@ def test_model_folders(name: str, folder: Path, f32: Gemma, tmp_path: Path) -> N
         convert(open_checkpoint(folder), tmp_path / quant, quant=quant)
         with load(tmp_path / quant, precision="f32", context_length=128) as model:
             assert max(map(divergence, model.logits(IDS), expected)) <= most
+
+
+def test_gguf(tmp_path: Path) -> None:
+    """The file has rows of zeros where the table of per-layer inputs ends sooner than the vocabulary."""
+    with load(write_gguf_3n(tmp_path / "tiny.gguf"), precision="f32", context_length=128) as model:
+        logits = model.logits(IDS[:58])
+    assert largest_error(logits, LOGITS["gemma3n"][:58]) < F32 * np.abs(LOGITS["gemma3n"]).max()
 
 
 @every_family
