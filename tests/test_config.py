@@ -50,7 +50,16 @@ HF_4B: dict[str, Any] = {
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 1024,
     },
-    "vision_config": {"model_type": "siglip_vision_model"},
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
 }
 GLOBAL_1B = (5, 11, 17, 23)
 
@@ -90,10 +99,19 @@ def test_hf_written_and_read(config: str) -> None:
     read = Gemma3Config.from_hf({"1b": HF_1B, "4b": HF_4B}[config])
     written = json.loads(json.dumps(read.to_hf()))
     assert Gemma3Config.from_hf(written) == read
-    assert written["model_type"] == "gemma3_text"
+    assert written["model_type"] == ("gemma3_text" if config == "1b" else "gemma3")
+    text = written if config == "1b" else written["text_config"]
     for key, value in {"1b": HF_1B, "4b": HF_4B["text_config"]}[config].items():
-        if key in written and key != "model_type":
-            assert written[key] == value, key
+        if key in text and key != "model_type":
+            assert text[key] == value, key
+
+
+def test_hf_4b_has_a_tower() -> None:
+    tower = Gemma3Config.from_hf(HF_4B).vision
+    assert tower is not None
+    written = Gemma3Config.from_hf(HF_4B).to_hf()
+    assert written["vision_config"] == HF_4B["vision_config"] | {"layer_norm_eps": 1e-6}
+    assert (tower.patches, tower.head_dim, tower.tokens.count, tower.tokens.soft) == (4096, 72, 256, 262_144)
 
 
 def test_hf_4b_is_nested_and_leaves_defaults_out() -> None:

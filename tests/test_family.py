@@ -157,7 +157,7 @@ def test_a_gguf(tmp_path: Path) -> None:
 
 def test_it_is_unknown_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "FAMILIES", [family for family in registry.FAMILIES if family is not FAMILY])
-    known = "only gemma3 and gemma3_text can be run$"
+    known = "only gemma3, gemma3_text, gemma3n, gemma3n_text, gemma4 and gemma4_text can be run$"
     with pytest.raises(ModelError, match=f"config.json: model_type is 'looped'; {known}"):
         load(folder)
 

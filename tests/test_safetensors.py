@@ -181,7 +181,7 @@ def test_missing_config(tmp_path: Path) -> None:
         (b"\xff\xfe\xfd", "this is not valid JSON"),
         (b"[" * 100_000, "this is not valid JSON"),
         (b"[1, 2]", "this is not a JSON object"),
-        (b'{"model_type": "llama"}', "model_type is 'llama'; only gemma3 and gemma3_text"),
+        (b'{"model_type": "llama"}', "model_type is 'llama'; only gemma3, gemma3_text, gemma3n,"),
         (
             json.dumps(HF_CONFIG | {"quantization_config": {"quant_method": "awq"}}).encode(),
             "quantization_config is set",

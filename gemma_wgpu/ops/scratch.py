@@ -40,7 +40,8 @@ class Scratch:
                 spans[value] = spans.get(value, (index, 0))[0], len(launches) if value in kept else index
         placed: dict[Value, Buffer] = {}
         taken: dict[Buffer, list[tuple[int, int]]] = {}
-        # Small values find room in the buffers of large ones, so the large ones come first.
+        # Small values find room in the buffers of large ones, so the large ones come first. Which buffer a value gets
+        # depends on the others' spans alone, so that smaller chunks fit where the largest one did.
         for value in sorted(spans, key=lambda value: -value.nbytes):
             buffer = self._free(value.nbytes, spans[value], taken)
             if buffer is None:
@@ -53,11 +54,9 @@ class Scratch:
     def _free(
         self, nbytes: int, span: tuple[int, int], taken: Mapping[Buffer, Sequence[tuple[int, int]]]
     ) -> Buffer | None:
-        """Return the smallest buffer that is large enough, and free for a span of launches."""
-        free = [
-            buffer
-            for buffer in self._buffers
-            if buffer.size >= nbytes
-            and all(last < span[0] or span[1] < first for first, last in taken.get(buffer, ()))
-        ]
-        return min(free, key=lambda buffer: buffer.size, default=None)
+        """Return the first buffer that is large enough, and free for a span of launches."""
+        for buffer in self._buffers:
+            spans = taken.get(buffer, ())
+            if buffer.size >= nbytes and all(last < span[0] or span[1] < first for first, last in spans):
+                return buffer
+        return None
