@@ -1,6 +1,6 @@
 // RMSNorm of each token of a prompt, after adding the block's output to the residual stream (Gemma 3 report, section 2):
-//     residual += post_weight * y / rms(y)                   if ADD, and times `factor` if SCALED
-//     out       = weight * residual / rms(residual)
+//     residual = factor * residual + post_weight * y / rms(y)      if ADD; the factor is 1 if not SCALED
+//     out      = weight * residual / rms(residual)
 // with rms(v) = sqrt(mean(v^2) + eps), in f32. The weights are 1 + w of the report.
 //
 // residual, y f32 [max count, K]      out half [max count, K], or [1, K] if LAST, for the step's last token alone

@@ -255,11 +255,20 @@ class Kernels:
         return self._launch("geglu", {"SIZE": size, "SCALE": scale}, (state, gate_up, out), *grid, half=half)
 
     def sparse_geglu(
-        self, state: Operand, gate_up: Operand, out: Operand, *, size: int, cut: float, scale: float, max_count: int
+        self,
+        state: Operand,
+        gate_up: Operand,
+        out: Operand,
+        *,
+        size: int,
+        cut: float,
+        scale: float,
+        max_count: int,
+        half: bool,
     ) -> Launch:
         """Do what `geglu` does, for the gates that are more than `cut` standard deviations above their mean."""
         constants = {"WORKGROUP_SIZE": _REDUCE, "SIZE": size, "CUT": cut, "SCALE": scale}
-        return self._launch("sparse_geglu", constants, (state, gate_up, out), max_count)
+        return self._launch("sparse_geglu", constants, (state, gate_up, out), max_count, half=half)
 
     def per_layer_inputs(
         self,
@@ -290,11 +299,12 @@ class Kernels:
         size: int,
         scale: float,
         max_count: int,
+        half: bool,
     ) -> Launch:
-        """Multiply a layer's inputs by the GELU of its gate."""
+        """Multiply a layer's inputs by the GELU of its gate; `half` says what `out` holds."""
         constants = {"SIZE": size, "LAYERS": layers, "LAYER": layer, "SCALE": scale}
         grid = ceil_div(size // 4, 64), max_count
-        return self._launch("gated_input", constants, (state, gate, inputs, out), *grid)
+        return self._launch("gated_input", constants, (state, gate, inputs, out), *grid, half=half)
 
     def softcap(self, state: Operand, logits: Operand, *, size: int, cap: float, max_count: int) -> Launch:
         """Keep logits inside of [-cap, cap]."""

@@ -206,7 +206,14 @@ class Step(ABC):
         if cut is not None:
             self.launch(
                 self.around.kernels.sparse_geglu(
-                    self.whole, x, out, size=out.size, cut=cut, scale=out.scale, max_count=self.count
+                    self.whole,
+                    x,
+                    out,
+                    size=out.size,
+                    cut=cut,
+                    scale=out.scale,
+                    max_count=self.count,
+                    half=self.half,
                 )
             )
             return out
@@ -257,6 +264,7 @@ class Step(ABC):
                 size=g.size,
                 scale=out.scale,
                 max_count=self.count,
+                half=self.half,
             )
         )
         return out

@@ -43,6 +43,12 @@ _CASES = (
     Case(2, 2, 72, 300, 300, ((0, 1), (0, 31), (17, 100)), half=False),  # heads that do not fill a subgroup
     Case(2, 2, 72, 1000, 1, ((0, 100), (0, 5)), half=True, sight=Sight.ALL),  # an encoder's
     Case(3, 3, 72, 1000, 1, ((0, 1), (0, 33)), half=False, sight=Sight.ALL, gain=30.0),
+    Case(8, 1, 512, 1000, 1000, ((0, 3), (130, 19)), half=False),
+    Case(8, 1, 512, 64, 64, ((0, 1), (100, 7)), half=True, gain=30.0),
+    Case(3, 1, 32, 24, 24, ((0, 5), (23, 9), (47, 100)), half=False),  # of 16 rows, 15 are taken
+    Case(3, 1, 256, 100, 100, ((130, 16),), half=True),
+    Case(12, 2, 64, 20, 20, ((0, 21), (130, 30)), half=False),  # and 12
+    Case(3, 1, 64, 8, 8, ((11, 100),), half=False, sight=Sight.REACH),
     Case(4, 2, 128, 8, 8, ((0, 53), (11, 100), (3, 1)), half=False, sight=Sight.REACH),  # blocks beyond the window
     Case(4, 1, 256, 64, 64, ((0, 70), (90, 100)), half=True, sight=Sight.REACH),
 )

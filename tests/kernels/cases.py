@@ -5,6 +5,11 @@ from __future__ import annotations
 from types import ModuleType
 
 from tests.kernels import (
+    altup_begin,
+    altup_correct,
+    altup_end,
+    altup_predict,
+    altup_split,
     attention_combine,
     attention_decode,
     attention_prefill,
@@ -12,8 +17,10 @@ from tests.kernels import (
     cache_copy,
     cache_write,
     embed,
+    gated_input,
     geglu,
     gelu,
+    laurel,
     layer_norm,
     logits_scan,
     mask,
@@ -22,17 +29,25 @@ from tests.kernels import (
     matvec,
     matvecs,
     norm_matvec,
+    per_layer_inputs,
     qk_norm_rope,
     quantize,
     read,
     rms_norm,
     sample,
+    softcap,
+    sparse_geglu,
     split_heads,
 )
 
 KERNELS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
+        altup_begin,
+        altup_correct,
+        altup_end,
+        altup_predict,
+        altup_split,
         attention_combine,
         attention_decode,
         attention_prefill,
@@ -40,8 +55,10 @@ KERNELS: dict[str, ModuleType] = {
         cache_copy,
         cache_write,
         embed,
+        gated_input,
         geglu,
         gelu,
+        laurel,
         layer_norm,
         logits_scan,
         mask,
@@ -50,11 +67,14 @@ KERNELS: dict[str, ModuleType] = {
         matvec,
         matvecs,
         norm_matvec,
+        per_layer_inputs,
         qk_norm_rope,
         quantize,
         read,
         rms_norm,
         sample,
+        softcap,
+        sparse_geglu,
         split_heads,
     )
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma_wgpu.gpu.device import Device
-from tests.kernels.bench import F16, F16_SMALLEST, UNTOUCHED, Bench, close, gelu, same
+from tests.kernels.bench import F16, F16_SMALLEST, UNTOUCHED, Bench, close, gelu, gelu_error, same
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,7 @@ async def check(device: Device, case: Case) -> None:
         within = np.abs(expected) < 65504
         assert np.all(np.abs(actual[: case.count][~within].astype(np.float64)) >= 65504), "overflow"
         expected, actual[: case.count][~within] = np.where(within, expected, 0), 0
-    # exp is good to 5 + 2 |x| units in the last place, x being 2 sqrt(2 / pi) (g + 0.044715 g^3); past |x| = 80 the
-    # result is g or too small to see. The 1 + tanh of the reference is good to 2^-53, absolutely.
-    exponent = np.minimum(np.abs(1.6 * (gate + 0.044715 * gate**3)), 80)
-    tolerance = (20 + 4 * exponent) * 2.0**-24 * np.abs(expected) + 2.0**-52 * np.abs(gate * up) + 1e-30
+    tolerance = gelu_error(gate) * np.abs(up) * case.scale + 2.0**-22 * np.abs(expected) + 1e-30
     stored = F16 * np.abs(expected) + F16_SMALLEST if case.half else 0
     close("out", actual[: case.count], expected, tolerance + stored)
     same("rows outside", actual[case.count :], UNTOUCHED)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma_wgpu.gpu.device import Device
-from tests.kernels.bench import F16, F16_SMALLEST, UNTOUCHED, Bench, close, gelu, same
+from tests.kernels.bench import F16, F16_SMALLEST, UNTOUCHED, Bench, close, gelu, gelu_error, same
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ async def check(device: Device, case: Case) -> None:
 
     values = x[: case.count].astype(np.float64)
     expected = gelu(values) * case.scale
-    # The tolerance is that of geglu.py.
-    exponent = np.minimum(np.abs(1.6 * (values + 0.044715 * values**3)), 80)
-    tolerance = (20 + 4 * exponent) * 2.0**-24 * np.abs(expected) + 2.0**-52 * np.abs(values) + 1e-30
+    tolerance = gelu_error(values) * case.scale + 2.0**-22 * np.abs(expected) + 1e-30
     stored = F16 * np.abs(expected) + F16_SMALLEST if case.half else 0
     close("out", actual[: case.count, : case.size], expected, tolerance + stored)
     same("what fills up", actual[: case.count, case.size :], 0)

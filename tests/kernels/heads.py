@@ -14,8 +14,11 @@ EPS = 1e-6
 POISON = 256.0
 
 
-def shape_of(heads: int, kv_heads: int, head_dim: int, window: int) -> AttentionShape:
-    return AttentionShape(heads, kv_heads, head_dim, head_dim**-0.5, EPS, window, ring=0)
+def shape_of(
+    heads: int, kv_heads: int, head_dim: int, window: int, *, value_norm: bool = False, shared: bool = False
+) -> AttentionShape:
+    scale = head_dim**-0.5
+    return AttentionShape(heads, kv_heads, head_dim, scale, EPS, window, ring=0, value_norm=value_norm, shared=shared)
 
 
 def _angles(positions: NDArray[np.int64], head_dim: int, theta: float) -> Floats:

@@ -3,7 +3,7 @@
 python -m pip install --editable . --group test --group reference
 python -m tests.reference.record_families
 
-Writes families.npz next to this file: for each family `<name>_logits` float32 (61, 512) of the ids of families.py,
+Writes families.npz next to this file: for each family `<name>_logits` float32 (100, 512) of the ids of families.py,
 and `<name>_greedy`, the 8 likeliest ids that follow, one after the other.
 """
 

@@ -67,7 +67,7 @@ def test_side_by_side(name: str, f32: Gemma) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("chunk", [1, 7, 32])
+@pytest.mark.parametrize("chunk", [1, 7, 48])  # the last one is longer than a ring
 def test_chunks(name: str, folder: Path, chunk: int) -> None:
     with load(folder, precision="f32", context_length=128, prefill_chunk=chunk) as model:
         assert largest_error(model.logits(IDS), LOGITS[name]) < F32 * np.abs(LOGITS[name]).max()
@@ -76,26 +76,34 @@ def test_chunks(name: str, folder: Path, chunk: int) -> None:
 
 
 @every_family
-def test_decode_gives_the_logits_of_a_prompt(name: str, f32: Gemma) -> None:
-    f32.reset()
-    generation = f32.generate(IDS[:20], temperature=0, max_new_tokens=30, logprobs=0)
-    ours = [piece.logprobs.logprob for piece in generation if piece.logprobs]
-    f32.reset()
-    ids = [*IDS[:20], *generation.ids]
-    logits = f32.logits(ids)[19:-1].astype(np.float64)
-    logits -= np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) + logits.max(
-        1, keepdims=True
-    )
-    expected = logits[np.arange(30), generation.ids]
-    assert np.abs(np.array(ours) - expected).max() < 1e-3
+@pytest.mark.parametrize(("precision", "most"), [("f32", 1e-3), ("f16", 0.2)])
+def test_decode_gives_the_logits_of_a_prompt(name: str, folder: Path, precision: str, most: float) -> None:
+    with load(folder, precision=precision, context_length=128) as model:
+        texts = model.generate([IDS[:20], IDS[:30]], temperature=0, max_new_tokens=30, logprobs=0)
+        ours: list[list[float]] = [[], []]
+        for index, piece in texts:
+            ours[index] += [piece.logprobs.logprob] if piece.logprobs else []
+        for prompt, ids, logprobs in zip((IDS[:20], IDS[:30]), texts.ids, ours, strict=True):
+            model.reset()
+            logits = model.logits([*prompt, *ids])[len(prompt) - 1 : -1].astype(np.float64)
+            logits -= logits.max(1, keepdims=True)
+            logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+            assert np.abs(np.array(logprobs) - logits[np.arange(len(ids)), ids]).max() < most
 
 
 @every_family
 def test_f16(name: str, folder: Path, report: Report) -> None:
     with load(folder, precision="f16", context_length=128) as model:
         apart = max(map(divergence, model.logits(IDS), LOGITS[name]))
-    report(f"divergence {apart:.1e}")
-    assert apart < F16_DIVERGENCE
+        model.reset()
+        one_by_one = [divergence(row, LOGITS[name][at]) for at, row in enumerate(_token_by_token(model, IDS[:40]))]
+    report(f"divergence {apart:.1e} of a prompt, {max(one_by_one):.1e} token by token")
+    assert max(apart, *one_by_one) < F16_DIVERGENCE
+
+
+def _token_by_token(model: Gemma, ids: list[int]) -> list[NDArray[np.float32]]:
+    """The logits after each of `ids`, each of which the model computes by itself."""
+    return [model.logits(ids[: count + 1], last=1)[0] for count in range(len(ids))]
 
 
 @every_family
@@ -104,18 +112,18 @@ def test_model_folders(name: str, folder: Path, f32: Gemma, tmp_path: Path) -> N
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(512))))
     f32.reset()
     expected = f32.logits(IDS)
-    cases: list[tuple[Quant, float]] = [("keep", 0.0), ("int8", 0.5)]
+    cases: list[tuple[Quant, float]] = [("keep", 0.0), ("int8", 0.05)]
     for quant, most in cases:
         convert(open_checkpoint(folder), tmp_path / quant, quant=quant)
         with load(tmp_path / quant, precision="f32", context_length=128) as model:
-            assert max(map(divergence, model.logits(IDS), expected)) <= most
+            assert np.mean([*map(divergence, model.logits(IDS), expected)]) <= most
 
 
 def test_gguf(tmp_path: Path) -> None:
     """The file has rows of zeros where the table of per-layer inputs ends sooner than the vocabulary."""
     with load(write_gguf_3n(tmp_path / "tiny.gguf"), precision="f32", context_length=128) as model:
-        logits = model.logits(IDS[:58])
-    assert largest_error(logits, LOGITS["gemma3n"][:58]) < F32 * np.abs(LOGITS["gemma3n"]).max()
+        logits = model.logits(IDS[:98])
+    assert largest_error(logits, LOGITS["gemma3n"][:98]) < F32 * np.abs(LOGITS["gemma3n"]).max()
 
 
 @every_family
