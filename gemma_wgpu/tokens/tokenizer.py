@@ -30,6 +30,10 @@ CONTROL = frozenset(
         "<start_of_image>",
         "<end_of_image>",
         "<image_soft_token>",
+        # Gemma 3n's.
+        "<start_of_audio>",
+        "<end_of_audio>",
+        "<audio_soft_token>",
     }
 )
 # No text is made of these tokens, though not every file says that they are control tokens.

@@ -1,0 +1,55 @@
+"""Small random Gemma 3n and Gemma 4 in the browser: their texts are what they are natively in F32 mode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gemma_wgpu
+from gemma_wgpu.weights.convert import convert
+from gemma_wgpu.weights.opening import open_checkpoint
+from tests.browser.conftest import Chromium
+from tests.host import Host
+from tests.reference.families import CONFIGS, IDS, write
+from tests.reference.random_1b import vocabulary
+from tests.vocabulary import tokenizer_json
+
+PROMPT = IDS[:50]
+OPTIONS: list[dict[str, Any]] = [
+    {"max_new_tokens": 16, "temperature": 0.0},
+    {"max_new_tokens": 16, "temperature": 1.0, "top_k": 40, "seed": 7},
+]
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp(request.param)
+    source = write(work / "source", request.param)
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(512))))
+    with open_checkpoint(source) as checkpoint:
+        convert(checkpoint, work / "model", quant="keep")
+    return work / "model"
+
+
+@pytest.fixture
+def url(folder: Path, chromium: Chromium) -> Iterator[str]:
+    host = Host(folder)
+    chromium.origins.append(host.address)
+    yield host.url
+    chromium.origins.remove(host.address)
+    host.close()
+
+
+def test_tokens_are_the_native_ones(chromium: Chromium, url: str, folder: Path) -> None:
+    code = f"from tests.browser.inside import generate; await generate({url!r}, {PROMPT!r}, {OPTIONS!r})"
+    found = json.loads(chromium.run(code))
+    with gemma_wgpu.load(folder, precision="f32") as gemma:
+        generations = [gemma.generate(PROMPT, **options) for options in OPTIONS]
+        for generation in generations:
+            generation.result()
+    assert found == [generation.ids for generation in generations]
+    assert all(len(set(ids)) > 8 for ids in found)
