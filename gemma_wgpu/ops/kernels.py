@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+
 from gemma_wgpu.gpu.device import Buffer, Constants, Device
 from gemma_wgpu.ops.launch import Launch, Operand
 from gemma_wgpu.ops.linear import Part
@@ -69,17 +71,25 @@ class Kernels:
         # These stand in for operands that a variant of a kernel does not touch.
         self.unread = device.buffer(16, "unread")
         self.unwritten = device.buffer(16, "unwritten")
+        self._device = device
+        self._numbers: dict[int, Buffer] = {}
         self._most_workgroups = device.limits.max_compute_workgroups_per_dimension
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of what stands in for operands."""
-        return self.unread.size + self.unwritten.size
+        """Return the bytes of what stands in for operands, and of numbers."""
+        return self.unread.size + self.unwritten.size + sum(number.size for number in self._numbers.values())
 
     def close(self) -> None:
-        """Free what stands in for operands. Idempotent."""
-        self.unread.destroy()
-        self.unwritten.destroy()
+        """Free what stands in for operands, and numbers. Idempotent."""
+        for buffer in (self.unread, self.unwritten, *self._numbers.values()):
+            buffer.destroy()
+
+    def number(self, value: int) -> Buffer:
+        """Return a buffer with a number, u32, for what a kernel is not to be compiled again for."""
+        if value not in self._numbers:
+            self._numbers[value] = self._device.upload(np.array([value], np.uint32), "number")
+        return self._numbers[value]
 
     def splits(self, window: int) -> int:
         """Return into how many shares decode divides the positions of a layer that sees `window` of them."""
@@ -292,9 +302,9 @@ class Kernels:
         state: Operand,
         gate: Operand,
         inputs: Operand,
+        layer: Operand,
         out: Operand,
         *,
-        layer: int,
         layers: int,
         size: int,
         scale: float,
@@ -302,9 +312,9 @@ class Kernels:
         half: bool,
     ) -> Launch:
         """Multiply a layer's inputs by the GELU of its gate; `half` says what `out` holds."""
-        constants = {"SIZE": size, "LAYERS": layers, "LAYER": layer, "SCALE": scale}
+        constants = {"SIZE": size, "LAYERS": layers, "SCALE": scale}
         grid = ceil_div(size // 4, 64), max_count
-        return self._launch("gated_input", constants, (state, gate, inputs, out), *grid, half=half)
+        return self._launch("gated_input", constants, (state, gate, inputs, layer, out), *grid, half=half)
 
     def softcap(self, state: Operand, logits: Operand, *, size: int, cap: float, max_count: int) -> Launch:
         """Keep logits inside of [-cap, cap]."""
