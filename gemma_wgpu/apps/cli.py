@@ -619,6 +619,7 @@ def inspect(model: str, context_length: int | None) -> None:
                 "parameters": f"{summary.parameters:,}",
                 **config.summary(),
                 "embedding": _layout_use(summary.embedding),
+                **({"per-layer table": _layout_use(summary.lookup)} if summary.lookup else {}),
                 **{f"{use.tensors} matrices": _layout_use(use) for use in summary.matrices},
                 **({"tower": _tower_use(summary.tower)} if summary.tower else {}),
                 "in the file": f"{summary.file_bytes:,} bytes",

@@ -44,7 +44,7 @@ class TowerUse:
 class Summary:
     """The make-up of a checkpoint: the embedding, the other matrices by layout, and the vectors, in float32.
 
-    These and `parameters` are of the language model; `tower` has the same of its tower, if it has one. `nbytes` is
+    `lookup` is the table of which only the tokens' rows are read, if there is one. These and `parameters` are of the language model; `tower` has the same of its tower, if it has one. `nbytes` is
     what all weights take on the GPU, the tower's too, and `file_bytes` what they take in their files.
     """
 
@@ -53,6 +53,7 @@ class Summary:
     config: Any
     parameters: int
     embedding: LayoutUse
+    lookup: LayoutUse | None
     matrices: tuple[LayoutUse, ...]
     vector_bytes: int
     file_bytes: int
@@ -62,7 +63,7 @@ class Summary:
     def nbytes(self) -> int:
         """Return the bytes of all weights on the GPU."""
         language = self.embedding.nbytes + sum(use.nbytes for use in self.matrices) + self.vector_bytes
-        return language + (self.tower.nbytes if self.tower else 0)
+        return language + sum(part.nbytes for part in (self.lookup, self.tower) if part)
 
     @property
     def bits_per_weight(self) -> float:
@@ -80,6 +81,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
         config=checkpoint.config,
         parameters=_parameters(specs),
         embedding=_use(checkpoint.matrices(Kind.EMBEDDING)),
+        lookup=_use(tables) if (tables := checkpoint.matrices(Kind.LOOKUP)) else None,
         matrices=_uses(checkpoint.matrices(Kind.MATRIX)),
         vector_bytes=_vector_bytes(specs),
         file_bytes=checkpoint.nbytes,

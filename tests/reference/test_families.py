@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gemma_wgpu import Gemma, load
 from gemma_wgpu.weights.convert import Quant, convert
 from gemma_wgpu.weights.opening import open_checkpoint
+from gemma_wgpu.weights.summary import summarize
 from tests.reference.families import CONFIGS, IDS, write, write_gguf_3n
 from tests.reference.golden import FOLDER, divergence, greedy, largest_error
 from tests.reference.random_1b import vocabulary
@@ -117,6 +118,16 @@ def test_model_folders(name: str, folder: Path, f32: Gemma, tmp_path: Path) -> N
         convert(open_checkpoint(folder), tmp_path / quant, quant=quant)
         with load(tmp_path / quant, precision="f32", context_length=128) as model:
             assert np.mean([*map(divergence, model.logits(IDS), expected)]) <= most
+
+
+@every_family
+def test_inspection_counts_all_weights(name: str, folder: Path) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        summary = summarize(checkpoint)
+        vectors = summary.vector_bytes
+        assert summary.nbytes - vectors == summary.file_bytes - vectors // 2  # floats of the files have 2 bytes
+        assert summary.parameters == sum(spec.size for spec in checkpoint.table.values())
+        assert summary.lookup is not None
 
 
 def test_gguf(tmp_path: Path) -> None:
