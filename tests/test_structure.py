@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from gemma_wgpu.engine.runner import Draw, Row, Runner
 from gemma_wgpu.gpu.device import Adapter, AdapterInfo, Buffer, Constants, Data, Dispatch, Limits, Program
 from gemma_wgpu.gpu.ledger import Ledger
+from gemma_wgpu.models import gemma3n, gemma4
 from gemma_wgpu.models.gemma3 import FAMILY, Gemma3, Gemma3Config, tensors
-from gemma_wgpu.models.spec import Kind
+from gemma_wgpu.models.spec import Family, Kind
 from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.options import Options
 from gemma_wgpu.tokens.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class Blanks(Weights):
         return Blank(name, spec.stored_shape, Layout.INT8 if spec.kind == Kind.EMBEDDING else Layout.INT4)
 
     async def vector(self, name: str) -> NDArray[np.float32]:
-        return np.ones(self.table[name].shape[0], np.float32)
+        return np.ones(self.table[name].shape, np.float32)
 
     def tokenizer(self) -> Tokenizer:
         raise AssertionError("there is none")
@@ -97,6 +98,49 @@ def runner(request: pytest.FixtureRequest) -> Runner:
     runner = Runner(device, model, half=True, context_length=CONTEXT, prefill_chunk=1)
     runner.fill()
     return runner
+
+
+# The shapes of both E2B, as far as they are not the defaults of their configurations.
+E2B: dict[str, tuple[Family, dict[str, object], int]] = {
+    "gemma3n": (
+        gemma3n.FAMILY,
+        {"num_hidden_layers": 30, "intermediate_size": 8192, "num_kv_shared_layers": 10},
+        452,
+    ),
+    "gemma4": (
+        gemma4.FAMILY,
+        {
+            "hidden_size": 1536,
+            "hidden_size_per_layer_input": 256,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 35,
+            "layer_types": ["sliding_attention" if (i + 1) % 5 else "full_attention" for i in range(35)],
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 20,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 30.0,
+        },
+        296,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", E2B)
+def test_dispatches_of_others(name: str) -> None:
+    of, hf, most = E2B[name]
+
+    class Others(Blanks):
+        family, config = of, of.config.from_hf({"model_type": f"{name}_text"} | hf)
+
+    limits = Limits(1 << 31, 1 << 31, 8, 1 << 15, 256, 65535)
+    adapter = Adapter(AdapterInfo("", "", "", "", "Vulkan", "DiscreteGPU"), limits, frozenset({"shader-f16"}))
+    device = Counting(adapter)
+    model = asyncio.run(of.load(Others.config, Upload(device, Others(), lambda _: None, empty=True)))
+    runner = Runner(device, model, half=True, context_length=CONTEXT, prefill_chunk=1)
+    assert runner.decode_dispatches <= most
+    cached = {spec.window for spec in model.caches}
+    assert cached == {None, 512}
+    assert sum(spec.layers for spec in model.caches) == Others.config.num_hidden_layers
 
 
 def dispatches(runner: Runner) -> list[Dispatch]:

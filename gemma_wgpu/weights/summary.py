@@ -44,8 +44,9 @@ class TowerUse:
 class Summary:
     """The make-up of a checkpoint: the embedding, the other matrices by layout, and the vectors, in float32.
 
-    `lookup` is the table of which only the tokens' rows are read, if there is one. These and `parameters` are of the language model; `tower` has the same of its tower, if it has one. `nbytes` is
-    what all weights take on the GPU, the tower's too, and `file_bytes` what they take in their files.
+    `lookup` is the table of which only the tokens' rows are read, if there is one. These and `parameters` are of the
+    language model; `tower` has the same of its tower, if it has one. `nbytes` is what all weights take on the GPU,
+    the tower's too, and `file_bytes` what they take in their files.
     """
 
     name: str
