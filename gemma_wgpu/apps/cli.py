@@ -34,12 +34,15 @@ from gemma_wgpu.files import is_full, reason
 from gemma_wgpu.gemma import ACTIVATIONS, MOST_SIDE_BY_SIDE, PRECISIONS, checked_context_length, expected_bytes
 from gemma_wgpu.gpu.native import native_adapters
 from gemma_wgpu.models.keys import listed
+from gemma_wgpu.models.spec import MatFormerSlice
 from gemma_wgpu.ops.tuner import chosen
 from gemma_wgpu.ops.tuning import usual_tuning
 from gemma_wgpu.options import RANGES, Constraint, Options
 from gemma_wgpu.progress import OnProgress, Progress
+from gemma_wgpu.weights.checkpoint import Checkpoint
 from gemma_wgpu.weights.convert import Quant, TowerQuant
 from gemma_wgpu.weights.convert import convert as write_folder
+from gemma_wgpu.weights.matformer import SlicedCheckpoint
 from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.summary import LayoutUse, TowerUse, summarize
 
@@ -548,6 +551,32 @@ def _report(gemma: gemma_wgpu.Gemma, generation: Generation) -> None:
     )
 
 
+def _sliced(checkpoint: Checkpoint, without_layers: str | None, width: str | None) -> Checkpoint:
+    """Return what is to be converted of a model."""
+    if without_layers is None and width is None:
+        return checkpoint
+    skipped = _whole_numbers("--without-layers", without_layers or "")
+    if width is not None:
+        sizes = _whole_numbers("--width", width)
+    elif checkpoint.family.sliced is None:
+        sizes = ()  # it is refused
+    else:
+        whole = checkpoint.config.intermediate_size
+        sizes = tuple(size for layer, size in enumerate(whole) if layer not in skipped)
+    return SlicedCheckpoint(checkpoint, MatFormerSlice(skipped, sizes))
+
+
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return the numbers of a list such as "3,20-24"."""
+    numbers: list[int] = []
+    for item in filter(None, text.split(",")):
+        first, dash, last = item.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise RequestError(f"{option} is {text!r}; give whole numbers, as in 3,20-24")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)
+
+
 @main.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -567,6 +596,13 @@ def _report(gemma: gemma_wgpu.Gemma, generation: Generation) -> None:
     help="Write the tower that reads images in this form.  [default: int8, or as the matrices if those are f16 or "
     "kept]",
 )
+@click.option("--without-layers", metavar="N,N-N", help="Leave these layers (from 0) of a Gemma 3n out.")
+@click.option(
+    "--width",
+    metavar="N,N",
+    help="Cut the feed-forward networks of a Gemma 3n to this width, or to one for each layer that is left. An E4B "
+    "becomes an E2B by --without-layers 20-24 --width 8192.",
+)
 @_vision_options
 @click.option("--shard-size", default="95MB", show_default=True, help="Write no file that is larger.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a model folder with nothing else in it.")
@@ -576,6 +612,8 @@ def convert(
     quant: Quant | None,
     embedding: Any,
     tower: TowerQuant | None,
+    without_layers: str | None,
+    width: str | None,
     mmproj: Path | None,
     no_vision: bool,
     shard_size: str,
@@ -592,7 +630,7 @@ def convert(
         open_checkpoint(find(source, progress, vision=vision), vision=vision) as checkpoint,
     ):
         write_folder(
-            checkpoint,
+            _sliced(checkpoint, without_layers, width),
             out,
             quant=quant,
             embedding=embedding,

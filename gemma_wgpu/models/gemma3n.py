@@ -8,10 +8,11 @@ the keys and values of earlier ones. The streams are float32 in every precision.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Self
 
+from gemma_wgpu.errors import ModelError
 from gemma_wgpu.models import sharing
 from gemma_wgpu.models.keys import (
     GLOBAL,
@@ -24,7 +25,7 @@ from gemma_wgpu.models.keys import (
     shown,
     text_keys,
 )
-from gemma_wgpu.models.spec import Family, Kind, LanguageModel, Loader, TensorSpec
+from gemma_wgpu.models.spec import Cut, Family, Kind, LanguageModel, Loader, MatFormerSlice, TensorSpec
 from gemma_wgpu.ops import altup
 from gemma_wgpu.ops.altup import STREAMS, AltUp
 from gemma_wgpu.ops.linear import Linear
@@ -306,6 +307,51 @@ def _stacked(names: Sequence[str], gguf: str, hidden: int) -> list[TensorSpec]:
     return [TensorSpec(name, gguf, (hidden, hidden), slot=(index, len(names))) for index, name in enumerate(names)]
 
 
+def sliced(config: Gemma3nConfig, slice_: MatFormerSlice) -> tuple[Gemma3nConfig, dict[str, Cut]]:
+    """Return the configuration of a smaller model in a larger one, and what its tensors are there (model card).
+
+    Raises ModelError for a layer or a width that the larger model does not have.
+    """
+    layers = [layer for layer in range(config.num_hidden_layers) if layer not in slice_.skipped]
+    foreign = [layer for layer in slice_.skipped if not 0 <= layer < config.num_hidden_layers]
+    if foreign or not layers:
+        raise ModelError(f"layers {list(slice_.skipped)} cannot be left out of {config.num_hidden_layers} layers")
+    sizes = slice_.intermediate_size
+    sizes = sizes * len(layers) if len(sizes) == 1 else sizes
+    if len(sizes) != len(layers):
+        raise ModelError(f"there are {len(sizes)} widths for {len(layers)} layers; give one for each, or one for all")
+    for layer, size in zip(layers, sizes, strict=True):
+        if not 0 < size <= config.intermediate_size[layer] or size % 32:
+            raise ModelError(
+                f"layer {layer} has a width of {config.intermediate_size[layer]}, which cannot be cut to {size}; "
+                "give a smaller multiple of 32"
+            )
+    kept = replace(
+        config,
+        num_hidden_layers=len(layers),
+        intermediate_size=sizes,
+        num_kv_shared_layers=sum(layer >= config.own_layers for layer in layers),
+        activation_sparsity_pattern=tuple(config.activation_sparsity_pattern[layer] for layer in layers),
+        layer_types=tuple(config.layer_types[layer] for layer in layers),
+    )
+    if set(kept.layer_types) - set(kept.layer_types[: kept.own_layers]):
+        raise ModelError(f"without layers {list(slice_.skipped)}, a kind of layers has no keys and values")
+    per_layer = config.hidden_size_per_layer_input
+    inputs = tuple((layer * per_layer, (layer + 1) * per_layer) for layer in layers)
+    cuts = {spec.name: Cut(spec.name) for spec in tensors(kept) if ".layers." not in spec.name}
+    cuts[PER_LAYER_TABLE] = Cut(PER_LAYER_TABLE, cols=inputs)
+    cuts[_PER_LAYER_PROJECTION] = Cut(_PER_LAYER_PROJECTION, rows=inputs)
+    for index, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
+        new, old = f"{_TEXT}layers.{index}.", f"{_TEXT}layers.{layer}."
+        for spec in tensors(kept):
+            if spec.name.startswith(new):
+                cuts[spec.name] = Cut(old + spec.name.removeprefix(new))
+        for name in ("gate_proj", "up_proj"):
+            cuts[f"{new}mlp.{name}.weight"] = Cut(f"{old}mlp.{name}.weight", rows=((0, size),))
+        cuts[f"{new}mlp.down_proj.weight"] = Cut(f"{old}mlp.down_proj.weight", cols=((0, size),))
+    return kept, cuts
+
+
 @dataclass(frozen=True)
 class Layer:
     """One block: AltUp around an attention beside a LAuReL, a feed-forward network and the layer's own input.
@@ -453,6 +499,7 @@ FAMILY = Family(
     config=Gemma3nConfig,
     tensors=tensors,
     unread=unread,
+    sliced=sliced,
     load=Gemma3n.load,
     chat=GEMMA3,
     prefixes=sharing.HF_PREFIXES,

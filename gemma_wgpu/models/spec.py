@@ -82,6 +82,30 @@ class TensorSpec:
         return rows, -(-self.size // rows // BLOCK) * BLOCK
 
 
+Spans = tuple[tuple[int, int], ...]
+"""What is taken of rows or columns: (start, stop) of each run."""
+
+
+@dataclass(frozen=True)
+class MatFormerSlice:
+    """What a smaller model takes of a larger one: all layers but `skipped`, with networks of `intermediate_size`.
+
+    `intermediate_size` has the width of each layer that is taken, or one for all.
+    """
+
+    skipped: tuple[int, ...]
+    intermediate_size: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a tensor of a smaller model is in the larger one: some rows and columns of `name`, or all."""
+
+    name: str
+    rows: Spans | None = None
+    cols: Spans | None = None
+
+
 class Config(Protocol):
     """The shape of a language model, in Hugging Face's words. Families have frozen dataclasses of this form."""
 
@@ -178,6 +202,7 @@ class Family:
     - prefixes: what the tensors' names begin with in other files than the plain ones, and what is meant.
     - unread: the tensors of a configuration that files may hold though nobody reads them.
     - ignored: what the names of tensors begin with that a configuration may do without.
+    - sliced: the configuration of a smaller model in a larger one, and what its tensors are there, by name.
     - text_only: the configuration without what reads images.
     - with_projector: the configuration together with that of a GGUF file (its metadata, its path) which has the tower
       that reads images.
@@ -193,5 +218,6 @@ class Family:
     prefixes: Mapping[str, str] = field(default_factory=dict)
     unread: Callable[[Any], list[TensorSpec]] = lambda config: []
     ignored: tuple[str, ...] = ()
+    sliced: Callable[[Any, MatFormerSlice], tuple[Any, Mapping[str, Cut]]] | None = None
     text_only: Callable[[Any], Any] = lambda config: config
     with_projector: Callable[[Any, Mapping[str, object], str], Any] | None = None

@@ -215,11 +215,13 @@ class _Meter:
 def _fingerprint(model: Checkpoint, shards: list[Shard]) -> str:
     """Return a hash of what the bytes of the shards depend on.
 
-    That is the model's files, as far as names, sizes and dates tell, the layouts and their places, and how this
-    version quantises.
+    That is the model's files, as far as names, sizes and dates tell, what is taken of them, the layouts and their
+    places, and how this version quantises.
     """
     files = [(path.name, stat.st_size, stat.st_mtime_ns) for path in model.files for stat in [path.stat()]]
-    return hashlib.sha256(repr((_REVISION, str(model.path.resolve()), files, shards)).encode()).hexdigest()
+    return hashlib.sha256(
+        repr((_REVISION, str(model.path.resolve()), model.name, files, shards)).encode()
+    ).hexdigest()
 
 
 class _Record:

@@ -65,6 +65,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# A slice of the Gemma 3n: a layer of either kind is left out, one of them a source of keys and values.
+WITHOUT = (1, 4, 6)
+WIDTH = 256
 FAMILIES: dict[str, Family] = {"gemma3n": gemma3n.FAMILY, "gemma4": gemma4.FAMILY}
 # Gemma 3n's table of per-layer inputs lacks the row of one of these.
 IDS: list[int] = [2, *np.random.Generator(np.random.PCG64(10)).integers(3, 384, 97).tolist(), 400, 17]

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from gemma_wgpu import Gemma, load
+from gemma_wgpu.apps.cli import main
+from gemma_wgpu.errors import ModelError
+from gemma_wgpu.models.spec import MatFormerSlice
 from gemma_wgpu.weights.convert import Quant, convert
+from gemma_wgpu.weights.matformer import SlicedCheckpoint
 from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.summary import summarize
-from tests.reference.families import CONFIGS, IDS, write, write_gguf_3n
+from tests.reference.families import CONFIGS, IDS, WIDTH, write, write_gguf_3n
 from tests.reference.golden import FOLDER, divergence, greedy, largest_error
 from tests.reference.random_1b import vocabulary
 from tests.vocabulary import tokenizer_json
@@ -21,6 +26,7 @@ Report = Callable[[str], None]
 
 with np.load(FOLDER / "families.npz") as recorded:
     LOGITS: dict[str, NDArray[np.float32]] = {name: recorded[f"{name}_logits"] for name in CONFIGS}
+    SLICE: NDArray[np.float32] = recorded["slice_logits"]
     GREEDY: dict[str, list[int]] = {name: recorded[f"{name}_greedy"].tolist() for name in CONFIGS}
 
 F32 = 3e-5  # of the largest logit
@@ -118,6 +124,47 @@ def test_model_folders(name: str, folder: Path, f32: Gemma, tmp_path: Path) -> N
         convert(open_checkpoint(folder), tmp_path / quant, quant=quant)
         with load(tmp_path / quant, precision="f32", context_length=128) as model:
             assert np.mean([*map(divergence, model.logits(IDS), expected)]) <= most
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write(tmp_path_factory.mktemp("whole") / "gemma3n", "gemma3n")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(512))))
+    return folder
+
+
+@pytest.mark.parametrize("layers", ["1,4,6", "1,4-4,6-6"])
+def test_a_slice_is_that_of_transformers(whole: Path, tmp_path: Path, layers: str) -> None:
+    out = tmp_path / "slice"
+    command = ["convert", str(whole), str(out), "--quant", "keep", "--without-layers", layers, "--width", str(WIDTH)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    with load(out, precision="f32", context_length=128) as model:
+        assert model.config.num_hidden_layers == 5
+        logits = model.logits(IDS)
+    assert largest_error(logits, SLICE) < F32 * np.abs(SLICE).max()
+
+
+@pytest.mark.parametrize(
+    ("skipped", "sizes", "message"),
+    [
+        ((8,), (256,), r"layers \[8\] cannot be left out of 8 layers"),
+        ((1,), (256, 256), "there are 2 widths for 7 layers"),
+        ((), (512,), "layer 0 has a width of 384, which cannot be cut to 512"),
+        ((), (100,), "cannot be cut to 100; give a smaller multiple of 32"),
+        ((2, 4), (256,), r"without layers \[2, 4\], a kind of layers has no keys and values"),
+    ],
+)
+def test_slices_that_cannot_be(whole: Path, skipped: tuple[int, ...], sizes: tuple[int, ...], message: str) -> None:
+    with open_checkpoint(whole) as checkpoint, pytest.raises(ModelError, match=message):
+        SlicedCheckpoint(checkpoint, MatFormerSlice(skipped, sizes))
+
+
+def test_only_gemma_3n_is_sliced(tmp_path: Path) -> None:
+    folder = write(tmp_path / "gemma4", "gemma4")
+    result = CliRunner().invoke(main, ["convert", str(folder), str(tmp_path / "out"), "--width", "128"])
+    assert result.exit_code == 1
+    assert "Gemma 4 was not trained to be sliced; only Gemma 3n was" in result.output
 
 
 @every_family
