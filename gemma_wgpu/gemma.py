@@ -128,7 +128,7 @@ class Gemma:
         self,
         prompt: str | Sequence[int] | Prompt,
         *,
-        images: Sequence[object] = ...,
+        images: Iterable[object] = ...,
         pan_and_scan: bool = ...,
         progress: OnProgress | None = ...,
         options: Options | None = ...,
@@ -140,7 +140,7 @@ class Gemma:
         self,
         prompt: list[str] | list[list[int]],
         *,
-        images: Sequence[Sequence[object]] = ...,
+        images: Iterable[Iterable[object]] = ...,
         pan_and_scan: bool = ...,
         progress: OnProgress | None = ...,
         options: Options | None = ...,
@@ -152,7 +152,7 @@ class Gemma:
         self,
         prompt: str | Sequence[int] | Prompt | list[str] | list[list[int]],
         *,
-        images: Sequence[Any] = (),
+        images: Iterable[Any] = (),
         pan_and_scan: bool = False,
         progress: OnProgress | None = None,
         options: Options | None = None,
@@ -173,7 +173,7 @@ class Gemma:
         Raises RequestError for a prompt that is empty, an id outside the vocabulary, or an option out of its range,
         ContextError for a prompt that is longer than the context, and DeviceError if the model was closed.
         """
-        options = replace(options or Options(), **fields)
+        options, images = replace(options or Options(), **fields), _listed(images)
         if not _is_batch(prompt):
             one = self.prompt(cast("_Prompt", prompt), images, pan_and_scan=pan_and_scan)
             return Generation(self.scheduler, self.request(one, options, progress=progress))
@@ -256,7 +256,7 @@ class Gemma:
         return self.family.chat.encode(self.tokenizer, messages, images=tokens, crops=crops)
 
     def prompt(
-        self, prompt: str | Sequence[int] | Prompt, images: Sequence[object] = (), *, pan_and_scan: bool = False
+        self, prompt: str | Sequence[int] | Prompt, images: Iterable[object] = (), *, pan_and_scan: bool = False
     ) -> Prompt:
         """Return a prompt with images: PIL images, numpy arrays, bytes of files, paths, or data: or https: addresses.
 
@@ -267,6 +267,7 @@ class Gemma:
         """
         if isinstance(prompt, Prompt):
             return prompt
+        images = _listed(images)
         if not images:
             return Prompt(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         found, crops = self._images(images, pan_and_scan and isinstance(prompt, str))
@@ -335,7 +336,7 @@ class Gemma:
     # What looks inside.
 
     def logits(
-        self, ids: Sequence[int] | Prompt, *, images: Sequence[object] = (), last: int | None = None
+        self, ids: Sequence[int] | Prompt, *, images: Iterable[object] = (), last: int | None = None
     ) -> NDArray[np.float32]:
         """Return what the model thinks comes after each of `ids`, or the `last` of them: (len(ids), vocab_size).
 
@@ -344,7 +345,7 @@ class Gemma:
         return self.device.wait(self.logits_async(ids, images=images, last=last))
 
     async def logits_async(
-        self, ids: Sequence[int] | Prompt, *, images: Sequence[object] = (), last: int | None = None
+        self, ids: Sequence[int] | Prompt, *, images: Iterable[object] = (), last: int | None = None
     ) -> NDArray[np.float32]:
         """Do what `logits` does, for an event loop."""
         prompt = self.prompt(ids, images)
@@ -360,7 +361,7 @@ class Gemma:
         return logits
 
     async def logit_rows(
-        self, ids: Sequence[int] | Prompt, *, images: Sequence[object] = (), first: int = 0
+        self, ids: Sequence[int] | Prompt, *, images: Iterable[object] = (), first: int = 0
     ) -> AsyncIterator[NDArray[np.float32]]:
         """Yield the `logits` after the ids from `first` on, some rows at a time, since all may be more than fit.
 
@@ -398,7 +399,7 @@ class Gemma:
                 lease.release()
 
     def attention(
-        self, ids: Sequence[int] | Prompt, layer: int, *, images: Sequence[object] = ()
+        self, ids: Sequence[int] | Prompt, layer: int, *, images: Iterable[object] = ()
     ) -> NDArray[np.float32]:
         """Return where the heads of a layer look: float32 (heads, len(ids), len(ids)).
 
@@ -412,7 +413,7 @@ class Gemma:
         return self.device.wait(self.attention_async(ids, layer, images=images))
 
     async def attention_async(
-        self, ids: Sequence[int] | Prompt, layer: int, *, images: Sequence[object] = ()
+        self, ids: Sequence[int] | Prompt, layer: int, *, images: Iterable[object] = ()
     ) -> NDArray[np.float32]:
         """Do what `attention` does, for an event loop."""
         prompt, runner = self.prompt(ids, images), self.runner
@@ -519,6 +520,14 @@ class Gemma:
 def _is_batch(prompt: object) -> bool:
     """Say whether it is a list of texts, of lists of ids or of lists of messages."""
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(each, str | list | Prompt) for each in prompt)
+
+
+def _listed(images: Iterable[Any]) -> list[Any]:
+    if isinstance(images, str | bytes) or not isinstance(images, Iterable):
+        raise RequestError(
+            f"images is a list with an image for each that the prompt has, not {type(images).__name__}"
+        )
+    return list(images)
 
 
 def _messages(messages: str | Sequence[Message]) -> Sequence[Message]:

@@ -297,6 +297,16 @@ def test_lists_of_images_for_lists_of_prompts(gemma: Gemma) -> None:
         gemma.generate([[2, *BLOCK], [2, 3]], images=[[A]], max_new_tokens=1)
 
 
+def test_images_are_a_list(gemma: Gemma) -> None:
+    golden = GOLDEN["two"]
+    assert np.array_equal(gemma.logits(golden.ids, images=PIXELS), gemma.logits(golden.ids, images=list(PIXELS)))
+    for images in ("picture.png", b"", PILImage.new("RGB", (9, 9)), 3, None):
+        with pytest.raises(RequestError, match="images is a list with an image for each"):
+            gemma.generate(golden.ids, images=images)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="images is a list with an image for each"):
+            gemma.logits(golden.ids, images=images)  # type: ignore[arg-type]
+
+
 def test_a_model_that_reads_text_only_says_so() -> None:
     with load(FOLDER, precision="f32", context_length=64, vision=False) as model:
         for ask in (model.image_features, lambda image: model.generate([2, *BLOCK], images=[image])):
