@@ -252,7 +252,7 @@ def test_one_text_takes_no_more_than_its_rows() -> None:
 
 
 def test_memory_that_runs_out() -> None:
-    """Those that have room go on; the one that needs more says so, and its rows are free again."""
+    """Sequences that have room go on. The one that needs more says so, and its rows are free again."""
     device = memory(limit=16 * 700)
     cache = cache_on(device)
     first, second = Text(cache, [1, 2, 3], 0), Text(cache, [4, 5, 6], 0)

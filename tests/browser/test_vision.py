@@ -25,7 +25,7 @@ from tests.reference.golden import largest_error
 from tests.vision import FOLDER, GOLDEN, PIXELS
 from tests.vocabulary import CONTROL, Vocabulary, tokenizer_json
 
-# Of the largest feature or logit. What float32 alone comes to is 1e-6.
+# This bounds an error, as a share of the largest feature or logit. Float32 alone comes to 1e-6.
 CLOSE = 1e-5
 
 

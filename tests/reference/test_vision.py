@@ -12,7 +12,7 @@ from tests.vision import FOLDER, GOLDEN, PIXELS, TOKENS, Golden
 
 Report = Callable[[str], None]
 
-# Of the largest logit or feature. What float32 alone comes to is 1e-6 (shared by all of a sum's orders).
+# F32 and F16_FEATURES bound an error, as a share of the largest logit or feature. Float32 alone comes to 1e-6.
 F32 = 1e-5
 F16_FEATURES = 2e-3
 F16_DIVERGENCE = 2e-5  # nats at a position
