@@ -233,9 +233,13 @@ class Gemma:
             prompts = self.chat_prompt(cast("str | Sequence[Message]", messages), pan_and_scan=pan_and_scan)
         return self.generate(prompts, progress=progress, options=options, batch_size=batch_size, **fields)
 
-    def chat_ids(self, messages: str | Sequence[Message]) -> list[int]:
-        """Return the ids of the prompt that `chat` makes of messages. Raises RequestError as `chat` does."""
-        return self._chat_ids(_messages(messages), ())
+    def chat_ids(self, messages: str | Sequence[Message], *, crops: Sequence[int] = ()) -> list[int]:
+        """Return the ids of the prompt that `chat` makes of messages, in which image i has `crops[i]` crops.
+
+        No image is opened. Raises RequestError as `chat` does.
+        """
+        tokens = self.vision.tokens if self.vision else None
+        return self.family.chat.encode(self.tokenizer, _messages(messages), images=tokens, crops=crops)
 
     def chat_prompt(self, messages: str | Sequence[Message], *, pan_and_scan: bool = False) -> Prompt:
         """Return the prompt that `chat` makes of messages.
@@ -247,13 +251,9 @@ class Gemma:
         """
         messages = _messages(messages)
         sources = self.family.chat.images(messages)
-        self._chat_ids(messages, ())  # what is wrong with the messages is said before images are read
+        self.chat_ids(messages)  # what is wrong with the messages is said before images are read
         images, crops = self._images(sources, pan_and_scan)
-        return Prompt(self._chat_ids(messages, crops), images)
-
-    def _chat_ids(self, messages: Sequence[Message], crops: Sequence[int]) -> list[int]:
-        tokens = self.vision.tokens if self.vision else None
-        return self.family.chat.encode(self.tokenizer, messages, images=tokens, crops=crops)
+        return Prompt(self.chat_ids(messages, crops=crops), images)
 
     def prompt(
         self, prompt: str | Sequence[int] | Prompt, images: Iterable[object] = (), *, pan_and_scan: bool = False
@@ -280,8 +280,10 @@ class Gemma:
         images, crops = [], []
         for source in sources:
             size = self._seeing().image_size
+            if isinstance(source, str) and source.startswith(("http://", "https://")):
+                source = fetch_picture(source, private=True)
             whole = pictures.normalized(source, size)
-            views = [whole] if whole is not None else _views(source, size, pan_and_scan)
+            views = [whole] if whole is not None else pictures.views(source, size, pan_and_scan=pan_and_scan)
             images += [Image(pixels, pictures.key(pixels)) for pixels in views]
             crops.append(len(views) - 1)
         return images, crops
@@ -532,15 +534,6 @@ def _listed(images: Iterable[Any]) -> list[Any]:
 
 def _messages(messages: str | Sequence[Message]) -> Sequence[Message]:
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-
-
-def _views(source: object, size: int, pan_and_scan: bool) -> list[NDArray[np.float32]]:
-    """Return the pixels of an image, and those of its crops."""
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        source = fetch_picture(source, private=True)
-    picture = pictures.opened(source)
-    crops = pictures.crops(picture) if pan_and_scan else []
-    return [pictures.prepared(each, size) for each in (picture, *crops)]
 
 
 def load(

@@ -120,6 +120,16 @@ def crops(image: Image, *, min_crop: int = 256, max_crops: int = 4, ratio: float
     return [image.crop((0, start, width, end)) for start, end in ranges]
 
 
+def views(source: object, size: int, *, pan_and_scan: bool = False, files: bool = True) -> list[NDArray[np.float32]]:
+    """Return the pixels of a picture, (3, size, size), and with `pan_and_scan` those of its crops after it.
+
+    `source` and `files` are as in `opened`. Raises RequestError as it does.
+    """
+    picture = opened(source, files=files)
+    parts = crops(picture) if pan_and_scan else []
+    return [prepared(each, size) for each in (picture, *parts)]
+
+
 def normalized(source: object, size: int) -> NDArray[np.float32] | None:
     """Return a copy of pixels that are prepared already, float32 of shape (3, size, size); None for another source.
 

@@ -329,10 +329,10 @@ class Runner:
             raise
         return lease
 
-    def next_count(self, lease: Lease, most: int | None = None) -> int:
-        """Return how many tokens of a sequence the next chunk is for, `most` at most: it ends between two images."""
+    def next_count(self, lease: Lease) -> int:
+        """Return how many tokens of a sequence the next chunk is for: it ends between two images."""
         ids, start = lease.ids, lease.computed
-        stop = min(start + min(most or self.prefill_chunk, self.prefill_chunk), len(ids))
+        stop = min(start + self.prefill_chunk, len(ids))
         while stop < len(ids) and ids[stop - 1] < 0 and ids[stop] < 0:
             stop -= 1
         return stop - start
@@ -342,13 +342,17 @@ class Runner:
 
         `features` are those of the images among them, by key.
         """
+        return self._advance(lease, count, features).layers
+
+    def _advance(self, lease: Lease, count: int, features: Features) -> _Recorded:
+        """Do what `chunk` does; return the whole step."""
         start, recorded = lease.computed, self._chunk(lease, count)
         self._write_chunk(lease, start, count)
         if recorded.embedding:
             self.device.submit([recorded.embedding])
             self._write_features(lease.ids[start : start + count], features, recorded.placed[recorded.embedded])
         lease.advance(start + count)
-        return recorded.layers
+        return recorded
 
     def _write_chunk(self, lease: Lease, start: int, count: int) -> None:
         """Write down where a chunk stands, and its tokens."""
@@ -391,10 +395,9 @@ class Runner:
         self, lease: Lease, count: int, draw: Draw, features: Features = NO_FEATURES
     ) -> list[Program]:
         """Make what `finish` submits without a mask ready, and return it."""
-        recorded = self._chunk(lease, count)
-        layers = self.chunk(lease, count, features)
+        recorded = self._advance(lease, count, features)
         self.device.write(self._own["prompt sampling"], draw.words())
-        return [layers, recorded.head, self._sample_program("prompt state", "prompt sampling", 1)]
+        return [recorded.layers, recorded.head, self._sample_program("prompt state", "prompt sampling", 1)]
 
     # Steps of one token.
 
@@ -503,8 +506,7 @@ class Runner:
         ]
         hidden, some, logits, state = buffers
         try:
-            recorded = self._chunk(lease, count)
-            layers = self.chunk(lease, count, features)
+            recorded = self._advance(lease, count, features)
             keep = record(self.device, [recorded.hidden], recorded.placed | {recorded.hidden_out: hidden})
             step: Step = ChunkStep(self._around, state, self._own["prompt tokens"], n)
             if count == 1:
@@ -512,7 +514,7 @@ class Runner:
             head = record(
                 self.device, [*step.logits_of(some, self.model.head, logits), *self._capped(step, logits, n)]
             )
-            self.device.submit([layers, keep])
+            self.device.submit([recorded.layers, keep])
             for start in range(first, count, n):
                 rows = min(n, count - start)
                 self.device.write(state, np.array([0, rows, 0, 0, 0, 1, 0, 1], np.uint32))

@@ -177,11 +177,9 @@ class Step(ABC):
 
     def embed(self, table: Linear, *, scale: float) -> Value:
         """Look up the tokens' rows of `table`, times `scale`: float32 (count, cols)."""
-        self.embedded = out = self.value("residual", table.cols)
-        for part in table.parts:
-            self._embed(part, out, scale, table.rows)
+        self.embedded = self.lookup(table, scale=scale, label="residual")
         self.embedding_launches = len(self.launches)
-        return out
+        return self.embedded
 
     def norm(self, x: Value | Product | Sum, norm: Norm) -> Normed:
         """Return the RMSNorm of `x`."""
@@ -224,9 +222,9 @@ class Step(ABC):
         )
         return out
 
-    def lookup(self, table: Linear, *, scale: float) -> Value:
-        """Look up the tokens' rows of a table beside the embedding, times `scale`: float32 (count, cols)."""
-        out = self.value("rows", table.cols)
+    def lookup(self, table: Linear, *, scale: float, label: str = "rows") -> Value:
+        """Look up the tokens' rows of any table, times `scale`: float32 (count, cols)."""
+        out = self.value(label, table.cols)
         for part in table.parts:
             self._embed(part, out, scale, table.rows)
         return out

@@ -87,7 +87,7 @@ class Images:
                 option="messages",
             )
         try:
-            ids = self._encoded(messages, ())
+            ids = self._gemma.chat_ids(messages)
         except RequestError as error:
             raise RequestError(str(error), option="messages") from error
         if urls and len(ids) > self._gemma.context_length:
@@ -139,21 +139,15 @@ class Images:
         """Return the pixels of a picture, and those of its crops."""
         vision = self._gemma.vision
         assert vision is not None  # else an image was refused
-        picture = pictures.opened(source, files=False)
-        crops = pictures.crops(picture) if self._pan_and_scan else []
-        return [pictures.prepared(each, vision.image_size) for each in (picture, *crops)]
+        return pictures.views(source, vision.image_size, pan_and_scan=self._pan_and_scan, files=False)
 
     def _placed(self, messages: Messages, ids: list[int], views: Sequence[Sequence[NDArray[np.float32]]]) -> Prompt:
         """Return the prompt with the images in it, and with their crops, which `ids` lack."""
         crops = [len(each) - 1 for each in views]
         return self._gemma.prompt(
-            self._encoded(messages, crops) if any(crops) else ids, [pixels for each in views for pixels in each]
+            self._gemma.chat_ids(messages, crops=crops) if any(crops) else ids,
+            [pixels for each in views for pixels in each],
         )
-
-    def _encoded(self, messages: Messages, crops: Sequence[int]) -> list[int]:
-        gemma = self._gemma
-        tokens = gemma.vision.tokens if gemma.vision else None
-        return gemma.family.chat.encode(gemma.tokenizer, messages, images=tokens, crops=crops)
 
 
 @contextmanager
