@@ -130,7 +130,7 @@ def main() -> None:
             assert encoder is not None
             encoding = encoder.begin(Image(pixels, -1))
             print(
-                f"\r{gemma.device.info}, {gemma.precision}: {seconds:.1f} s, {encoding.dispatches} dispatches, "
+                f"\r{gemma.device.info}, {gemma.precision}: {seconds:.1f} s, {len(encoding.launches)} dispatches, "
                 f"{encoding.scratch_bytes / 1e6:.0f} MB beside the weights"
             )
             encoding.close()

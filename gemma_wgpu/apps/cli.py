@@ -556,13 +556,7 @@ def _sliced(checkpoint: Checkpoint, without_layers: str | None, width: str | Non
     if without_layers is None and width is None:
         return checkpoint
     skipped = _whole_numbers("--without-layers", without_layers or "")
-    if width is not None:
-        sizes = _whole_numbers("--width", width)
-    elif checkpoint.family.sliced is None:
-        sizes = ()  # it is refused
-    else:
-        whole = checkpoint.config.intermediate_size
-        sizes = tuple(size for layer, size in enumerate(whole) if layer not in skipped)
+    sizes = None if width is None else _whole_numbers("--width", width)
     return SlicedCheckpoint(checkpoint, MatFormerSlice(skipped, sizes))
 
 

@@ -118,11 +118,6 @@ class Encoding:
         return self._scratch.nbytes
 
     @property
-    def dispatches(self) -> int:
-        """Return the dispatches of all programs."""
-        return len(self.launches)
-
-    @property
     def launches(self) -> Sequence[Launch]:
         """Return the kernel launches of all programs."""
         return self._step.launches

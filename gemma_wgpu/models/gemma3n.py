@@ -38,13 +38,8 @@ MODEL_TYPES = ("gemma3n", "gemma3n_text")
 ARCHITECTURE = "gemma3n"
 
 _TEXT = sharing.HF_TEXT
-EMBEDDING = f"{_TEXT}embed_tokens.weight"
-PER_LAYER_TABLE = f"{_TEXT}embed_tokens_per_layer.weight"
-_PER_LAYER_PROJECTION = f"{_TEXT}per_layer_model_projection.weight"
-_PER_LAYER_NORM = f"{_TEXT}per_layer_projection_norm.weight"
 _PROJECTIONS = [f"{_TEXT}altup_projections.{index}.weight" for index in range(STREAMS - 1)]
 _UNEMBED_PROJECTIONS = [f"{_TEXT}altup_unembed_projections.{index}.weight" for index in range(STREAMS - 1)]
-FINAL_NORM = f"{_TEXT}norm.weight"
 
 _EVERY = 5  # every fifth layer is global
 _SPARSE_LAYERS = 10
@@ -105,7 +100,7 @@ class Gemma3nConfig:
             raise keys.error("rope_scaling", f"is set, which {NAME} language models do not do")
         shared = keys.count("num_kv_shared_layers", 15, least=0, most=layers - 1)
         types = hf_layer_types(keys, layers, _EVERY)
-        if set(types) - set(types[: layers - shared]):
+        if not sharing.has_sources(types, shared):
             raise keys.error("num_kv_shared_layers", "leaves a kind of layers without keys and values")
         built = cls(
             vocab_size=keys.count("vocab_size", 262_400),
@@ -168,7 +163,7 @@ class Gemma3nConfig:
         local = keys.numbers("gemma3n.attention.sliding_window_pattern", layers)
         shared = keys.count("gemma3n.attention.shared_kv_layers", least=0, most=layers - 1)
         types = tuple(LOCAL if sliding else GLOBAL for sliding in local)
-        if set(types) - set(types[: layers - shared]):
+        if not sharing.has_sources(types, shared):
             raise keys.error("gemma3n.attention.shared_kv_layers", "leaves a kind of layers without keys and values")
         sizes = keys.numbers("gemma3n.feed_forward_length", layers)
         if any(size < 1 or size % 32 for size in sizes):
@@ -249,23 +244,15 @@ def unread(config: Gemma3nConfig) -> list[TensorSpec]:
 def _all_tensors(config: Gemma3nConfig) -> list[TensorSpec]:
     hidden, per_layer, head_dim = config.hidden_size, config.hidden_size_per_layer_input, config.head_dim
     query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    inputs, rank = config.num_hidden_layers * per_layer, config.laurel_rank
+    rank = config.laurel_rank
     table = [
-        TensorSpec(
-            EMBEDDING,
-            "token_embd.weight",
-            (config.vocab_size, hidden),
-            Kind.EMBEDDING,
-            copies=("lm_head.weight", "output.weight"),
+        *sharing.tensors_before_layers(
+            vocab_size=config.vocab_size,
+            vocab_size_per_layer_input=config.vocab_size_per_layer_input,
+            hidden_size=hidden,
+            per_layer_size=per_layer,
+            layers=config.num_hidden_layers,
         ),
-        TensorSpec(
-            PER_LAYER_TABLE,
-            "per_layer_token_embd.weight",
-            (config.vocab_size_per_layer_input, inputs),
-            Kind.LOOKUP,
-        ),
-        TensorSpec(_PER_LAYER_PROJECTION, "per_layer_model_proj.weight", (inputs, hidden)),
-        TensorSpec(_PER_LAYER_NORM, "per_layer_proj_norm.weight", (per_layer,), Kind.NORM),
         *_stacked(_PROJECTIONS, "altup_proj.weight", hidden),
     ]
     for layer in range(config.num_hidden_layers):
@@ -300,7 +287,7 @@ def _all_tensors(config: Gemma3nConfig) -> list[TensorSpec]:
             )
         ]
     table += _stacked(_UNEMBED_PROJECTIONS, "altup_unembd_proj.weight", hidden)
-    return [*table, TensorSpec(FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM)]
+    return [*table, TensorSpec(sharing.FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM)]
 
 
 def _stacked(names: Sequence[str], gguf: str, hidden: int) -> list[TensorSpec]:
@@ -317,7 +304,10 @@ def sliced(config: Gemma3nConfig, slice_: MatFormerSlice) -> tuple[Gemma3nConfig
     if foreign or not layers:
         raise ModelError(f"layers {list(slice_.skipped)} cannot be left out of {config.num_hidden_layers} layers")
     sizes = slice_.intermediate_size
-    sizes = sizes * len(layers) if len(sizes) == 1 else sizes
+    if sizes is None:
+        sizes = tuple(config.intermediate_size[layer] for layer in layers)
+    elif len(sizes) == 1:
+        sizes *= len(layers)
     if len(sizes) != len(layers):
         raise ModelError(f"there are {len(sizes)} widths for {len(layers)} layers; give one for each, or one for all")
     for layer, size in zip(layers, sizes, strict=True):
@@ -334,18 +324,17 @@ def sliced(config: Gemma3nConfig, slice_: MatFormerSlice) -> tuple[Gemma3nConfig
         activation_sparsity_pattern=tuple(config.activation_sparsity_pattern[layer] for layer in layers),
         layer_types=tuple(config.layer_types[layer] for layer in layers),
     )
-    if set(kept.layer_types) - set(kept.layer_types[: kept.own_layers]):
+    if not sharing.has_sources(kept.layer_types, kept.num_kv_shared_layers):
         raise ModelError(f"without layers {list(slice_.skipped)}, a kind of layers has no keys and values")
     per_layer = config.hidden_size_per_layer_input
     inputs = tuple((layer * per_layer, (layer + 1) * per_layer) for layer in layers)
-    cuts = {spec.name: Cut(spec.name) for spec in tensors(kept) if ".layers." not in spec.name}
-    cuts[PER_LAYER_TABLE] = Cut(PER_LAYER_TABLE, cols=inputs)
-    cuts[_PER_LAYER_PROJECTION] = Cut(_PER_LAYER_PROJECTION, rows=inputs)
+    names = [spec.name for spec in tensors(kept)]
+    cuts = {name: Cut(name) for name in names if ".layers." not in name}
+    cuts[sharing.PER_LAYER_TABLE] = Cut(sharing.PER_LAYER_TABLE, cols=inputs)
+    cuts[sharing.PER_LAYER_PROJECTION] = Cut(sharing.PER_LAYER_PROJECTION, rows=inputs)
     for index, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
         new, old = f"{_TEXT}layers.{index}.", f"{_TEXT}layers.{layer}."
-        for spec in tensors(kept):
-            if spec.name.startswith(new):
-                cuts[spec.name] = Cut(old + spec.name.removeprefix(new))
+        cuts |= {name: Cut(old + name.removeprefix(new)) for name in names if name.startswith(new)}
         for name in ("gate_proj", "up_proj"):
             cuts[f"{new}mlp.{name}.weight"] = Cut(f"{old}mlp.{name}.weight", rows=((0, size),))
         cuts[f"{new}mlp.down_proj.weight"] = Cut(f"{old}mlp.down_proj.weight", cols=((0, size),))
@@ -406,15 +395,15 @@ class Gemma3n(LanguageModel):
     async def load(cls, config: Gemma3nConfig, loader: Loader) -> Gemma3n:
         """Load the weights, in the order of the table."""
         model = cls(config)
-        model.head = await loader.linear(EMBEDDING)
-        model.per_layer_table = await loader.linear(PER_LAYER_TABLE)
-        model.per_layer_projection = await loader.linear(_PER_LAYER_PROJECTION)
+        model.head = await loader.linear(sharing.EMBEDDING)
+        model.per_layer_table = await loader.linear(sharing.PER_LAYER_TABLE)
+        model.per_layer_projection = await loader.linear(sharing.PER_LAYER_PROJECTION)
         # The projection is meant times hidden_size^-0.5, which its norm takes back: only eps feels it.
-        model.per_layer_norm = await loader.norm(_PER_LAYER_NORM, config.rms_norm_eps * config.hidden_size)
+        model.per_layer_norm = await loader.norm(sharing.PER_LAYER_NORM, config.rms_norm_eps * config.hidden_size)
         model.projections = await loader.linear(*_PROJECTIONS)
         model.layers = [await model._load_layer(loader, index) for index in range(config.num_hidden_layers)]
         model.unembed_projections = [await loader.linear(name) for name in _UNEMBED_PROJECTIONS]
-        model.norm = await loader.norm(FINAL_NORM, config.rms_norm_eps)
+        model.norm = await loader.norm(sharing.FINAL_NORM, config.rms_norm_eps)
         return model
 
     async def _load_layer(self, loader: Loader, index: int) -> Layer:

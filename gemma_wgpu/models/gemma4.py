@@ -25,11 +25,6 @@ NAME = "Gemma 4"
 MODEL_TYPES = ("gemma4", "gemma4_text")
 
 _TEXT = sharing.HF_TEXT
-EMBEDDING = f"{_TEXT}embed_tokens.weight"
-PER_LAYER_TABLE = f"{_TEXT}embed_tokens_per_layer.weight"
-_PER_LAYER_PROJECTION = f"{_TEXT}per_layer_model_projection.weight"
-_PER_LAYER_NORM = f"{_TEXT}per_layer_projection_norm.weight"
-FINAL_NORM = f"{_TEXT}norm.weight"
 
 _EVERY = 6  # every sixth layer is global
 
@@ -120,7 +115,7 @@ class Gemma4Config:
                 ("num_key_value_heads", built.num_key_value_heads),
                 head_dim,
             )
-        if set(types) - set(types[: layers - built.num_kv_shared_layers]):
+        if not sharing.has_sources(types, built.num_kv_shared_layers):
             raise keys.error("num_kv_shared_layers", "leaves a kind of layers without keys and values")
         return built
 
@@ -186,24 +181,13 @@ def unread(config: Gemma4Config) -> list[TensorSpec]:
 
 def _all_tensors(config: Gemma4Config) -> list[TensorSpec]:
     hidden, per_layer = config.hidden_size, config.hidden_size_per_layer_input
-    inputs = config.num_hidden_layers * per_layer
-    table = [
-        TensorSpec(
-            EMBEDDING,
-            "token_embd.weight",
-            (config.vocab_size, hidden),
-            Kind.EMBEDDING,
-            copies=("lm_head.weight", "output.weight"),
-        ),
-        TensorSpec(
-            PER_LAYER_TABLE,
-            "per_layer_token_embd.weight",
-            (config.vocab_size_per_layer_input, inputs),
-            Kind.LOOKUP,
-        ),
-        TensorSpec(_PER_LAYER_PROJECTION, "per_layer_model_proj.weight", (inputs, hidden)),
-        TensorSpec(_PER_LAYER_NORM, "per_layer_proj_norm.weight", (per_layer,), Kind.NORM),
-    ]
+    table = sharing.tensors_before_layers(
+        vocab_size=config.vocab_size,
+        vocab_size_per_layer_input=config.vocab_size_per_layer_input,
+        hidden_size=hidden,
+        per_layer_size=per_layer,
+        layers=config.num_hidden_layers,
+    )
     for layer in range(config.num_hidden_layers):
         head_dim, inner = config.head_dim_of(layer), config.intermediate_size_of(layer)
         query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -229,7 +213,7 @@ def _all_tensors(config: Gemma4Config) -> list[TensorSpec]:
                 ("per_layer_projection.weight", "proj", (hidden, per_layer), Kind.MATRIX),
             )
         ]
-    return [*table, TensorSpec(FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM)]
+    return [*table, TensorSpec(sharing.FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM)]
 
 
 @dataclass(frozen=True)
@@ -279,13 +263,13 @@ class Gemma4(LanguageModel):
     async def load(cls, config: Gemma4Config, loader: Loader) -> Gemma4:
         """Load the weights, in the order of the table."""
         model = cls(config)
-        model.head = await loader.linear(EMBEDDING)
-        model.per_layer_table = await loader.linear(PER_LAYER_TABLE)
-        model.per_layer_projection = await loader.linear(_PER_LAYER_PROJECTION)
+        model.head = await loader.linear(sharing.EMBEDDING)
+        model.per_layer_table = await loader.linear(sharing.PER_LAYER_TABLE)
+        model.per_layer_projection = await loader.linear(sharing.PER_LAYER_PROJECTION)
         # The projection is meant times hidden_size^-0.5, which its norm takes back: only eps feels it.
-        model.per_layer_norm = await loader.norm(_PER_LAYER_NORM, config.rms_norm_eps * config.hidden_size)
+        model.per_layer_norm = await loader.norm(sharing.PER_LAYER_NORM, config.rms_norm_eps * config.hidden_size)
         model.layers = [await model._load_layer(loader, index) for index in range(config.num_hidden_layers)]
-        model.norm = await loader.norm(FINAL_NORM, config.rms_norm_eps)
+        model.norm = await loader.norm(sharing.FINAL_NORM, config.rms_norm_eps)
         return model
 
     async def _load_layer(self, loader: Loader, index: int) -> Layer:

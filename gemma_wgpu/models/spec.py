@@ -90,11 +90,11 @@ Spans = tuple[tuple[int, int], ...]
 class MatFormerSlice:
     """What a smaller model takes of a larger one: all layers but `skipped`, with networks of `intermediate_size`.
 
-    `intermediate_size` has the width of each layer that is taken, or one for all.
+    `intermediate_size` has the width of each layer that is taken, or one for all; the widths stay if it is None.
     """
 
     skipped: tuple[int, ...]
-    intermediate_size: tuple[int, ...]
+    intermediate_size: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)

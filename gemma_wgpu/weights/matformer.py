@@ -29,8 +29,9 @@ class SlicedCheckpoint(Checkpoint):
             raise ModelError(f"{whole.path}: {whole.family.name} was not trained to be sliced; only Gemma 3n was")
         self.config, self._cuts = whole.family.sliced(whole.config, slice_)
         self.path, self.family = whole.path, whole.family
-        left_out = f" without layers {', '.join(map(str, slice_.skipped))}" if slice_.skipped else ""
-        self.name = f"{whole.name}{left_out}, width {', '.join(map(str, slice_.intermediate_size))}"
+        without = f" without layers {', '.join(map(str, slice_.skipped))}" if slice_.skipped else ""
+        width = f", width {', '.join(map(str, slice_.intermediate_size))}" if slice_.intermediate_size else ""
+        self.name = f"{whole.name}{without}{width}"
         self.quantization = whole.quantization
         self._whole = whole
         self.nbytes = sum(
