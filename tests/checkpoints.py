@@ -61,12 +61,17 @@ HF_SEEING: dict[str, object] = {
 SEEING = Gemma3Config.from_hf(HF_SEEING)
 
 
+def bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Return the bits of bfloat16 numbers: those of `values`, cut short."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
 def blocks(rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, cols: int) -> NDArray[np.uint8]:
     """Return random bytes of a rows x cols matrix, (rows, bytes per row), whose floats are all finite."""
     if kind == GGMLQuantizationType.F32:
         return rng.standard_normal((rows, cols), np.float32).view(np.uint8)
     if kind == GGMLQuantizationType.BF16:
-        return (rng.standard_normal((rows, cols), np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        return bfloat16(rng.standard_normal((rows, cols), np.float32)).view(np.uint8)
     data = rng.integers(0, 256, quant_shape_to_byte_shape((rows, cols), kind), np.uint8)
     records = data.reshape(-1, GGML_QUANT_SIZES[kind][1])
     for at in _HALVES[kind]:
@@ -211,7 +216,7 @@ def hf_tensors(
         values = rng.standard_normal(shape, np.float32)
         bits: NDArray[np.generic] = values
         if dtype == "bfloat16":
-            bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+            bits = bfloat16(values)
         elif dtype == "float16":
             bits = values.astype(np.float16)
         tensors[name] = dtype, bits

@@ -29,7 +29,7 @@ from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.quantize import quantize
 from gemma_wgpu.weights.summary import summarize
 from gemma_wgpu.weights.upload import Upload
-from tests.checkpoints import Raw, blocks, description, patch, same_bits, write_gguf, write_hf
+from tests.checkpoints import Raw, bfloat16, blocks, description, patch, same_bits, write_gguf, write_hf
 from tests.disk import Bytes, Disk
 from tests.vocabulary import small_tokenizer_json
 
@@ -91,7 +91,7 @@ def values(rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
 
 def hugging_face(folder: Path, weights: Mapping[str, NDArray[np.float32]]) -> Path:
     """Write the matrices in bf16 and the vectors in the three types."""
-    bits = {name: (array.view(np.uint32) >> 16).astype(np.uint16) for name, array in weights.items()}
+    bits = {name: bfloat16(array) for name, array in weights.items()}
     stored: dict[str, tuple[str, NDArray[np.generic]]] = {name: ("bfloat16", array) for name, array in bits.items()}
     stored[NORM] = "float32", weights[NORM]
     stored[BIAS] = "float16", weights[BIAS].astype(np.float16)

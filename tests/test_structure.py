@@ -88,12 +88,16 @@ class Blanks(Weights):
         pass
 
 
+def counting(kind: str) -> Counting:
+    """A device of this kind."""
+    limits = Limits(1 << 31, 1 << 31, 8, 1 << 15, 256, 65535)
+    return Counting(Adapter(AdapterInfo("", "", "", "", "Vulkan", kind), limits, frozenset({"shader-f16"})))
+
+
 @pytest.fixture(scope="module", params=["CPU", "DiscreteGPU"])
 def runner(request: pytest.FixtureRequest) -> Runner:
     """Its buffers are of the size that one token takes, and its cache is full."""
-    info = AdapterInfo("", "", "", "", "Vulkan", request.param)
-    limits = Limits(1 << 31, 1 << 31, 8, 1 << 15, 256, 65535)
-    device = Counting(Adapter(info, limits, frozenset({"shader-f16"})))
+    device = counting(request.param)
     model = asyncio.run(Gemma3.load(SHAPE, Upload(device, Blanks(), lambda _: None, empty=True)))
     runner = Runner(device, model, half=True, context_length=CONTEXT, prefill_chunk=1)
     runner.fill()
@@ -132,9 +136,7 @@ def test_dispatches_of_others(name: str) -> None:
     class Others(Blanks):
         family, config = of, of.config.from_hf({"model_type": f"{name}_text"} | hf)
 
-    limits = Limits(1 << 31, 1 << 31, 8, 1 << 15, 256, 65535)
-    adapter = Adapter(AdapterInfo("", "", "", "", "Vulkan", "DiscreteGPU"), limits, frozenset({"shader-f16"}))
-    device = Counting(adapter)
+    device = counting("DiscreteGPU")
     model = asyncio.run(of.load(Others.config, Upload(device, Others(), lambda _: None, empty=True)))
     runner = Runner(device, model, half=True, context_length=CONTEXT, prefill_chunk=1)
     assert runner.decode_dispatches <= most

@@ -37,6 +37,7 @@ from tests.checkpoints import (
     HF_SEEING,
     SEEING,
     Raw,
+    bfloat16,
     gguf_metadata,
     gguf_tensors,
     hf_tensors,
@@ -190,9 +191,7 @@ def values() -> Values:
 
 
 def stored(values: Values, rename: Callable[[str], str] = lambda name: name) -> Stored:
-    return {
-        rename(name): ("bfloat16", (value.view(np.uint32) >> 16).astype(np.uint16)) for name, value in values.items()
-    }
+    return {rename(name): ("bfloat16", bfloat16(value)) for name, value in values.items()}
 
 
 def hugging_face(folder: Path, values: Values, config: Mapping[str, object] = HF_SEEING) -> Path:

@@ -186,3 +186,13 @@ def no_complaints(chromium: Chromium) -> Iterator[None]:
     complaints = list(chromium.complaints)
     chromium.complaints.clear()
     assert complaints == []
+
+
+@pytest.fixture
+def url(folder: Path, chromium: Chromium) -> Iterator[str]:
+    """The address of the module's own model `folder`, which the browser may ask."""
+    host = Host(folder)
+    chromium.origins.append(host.address)
+    yield host.url
+    chromium.origins.remove(host.address)
+    host.close()

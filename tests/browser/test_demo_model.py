@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import gemma_wgpu
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.opening import open_checkpoint
 from tests.browser.conftest import Chromium
-from tests.host import Host
 
 SHARD = 30_000_000
 PROMPT = "The capital of France is"
@@ -27,15 +25,6 @@ def folder(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open_checkpoint(demo_gguf) as source:
         convert(source, folder, quant="keep", shard_size=SHARD)
     return folder
-
-
-@pytest.fixture
-def url(folder: Path, chromium: Chromium) -> Iterator[str]:
-    host = Host(folder)
-    chromium.origins.append(host.address)
-    yield host.url
-    chromium.origins.remove(host.address)
-    host.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import gemma_wgpu
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.opening import open_checkpoint
 from tests.browser.conftest import Chromium
-from tests.host import Host
 from tests.reference.families import CONFIGS, IDS, write
-from tests.reference.random_1b import vocabulary
-from tests.vocabulary import tokenizer_json
+from tests.reference.random_1b import write_tokenizer
 
 PROMPT = IDS[:50]
 OPTIONS: list[dict[str, Any]] = [
@@ -29,19 +26,10 @@ OPTIONS: list[dict[str, Any]] = [
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp(request.param)
     source = write(work / "source", request.param)
-    (source / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(512))))
+    write_tokenizer(source, 512)
     with open_checkpoint(source) as checkpoint:
         convert(checkpoint, work / "model", quant="keep")
     return work / "model"
-
-
-@pytest.fixture
-def url(folder: Path, chromium: Chromium) -> Iterator[str]:
-    host = Host(folder)
-    chromium.origins.append(host.address)
-    yield host.url
-    chromium.origins.remove(host.address)
-    host.close()
 
 
 def test_tokens_are_the_native_ones(chromium: Chromium, url: str, folder: Path) -> None:

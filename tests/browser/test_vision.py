@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from shutil import copytree
@@ -20,10 +20,9 @@ from gemma_wgpu import pictures
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.opening import open_checkpoint
 from tests.browser.conftest import Chromium
-from tests.host import Host
 from tests.reference.golden import largest_error
+from tests.reference.random_1b import write_tokenizer
 from tests.vision import FOLDER, GOLDEN, PIXELS
-from tests.vocabulary import CONTROL, Vocabulary, tokenizer_json
 
 # This bounds an error, as a share of the largest feature or logit. Float32 alone comes to 1e-6.
 CLOSE = 1e-5
@@ -34,27 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model with a tower, as a model folder, with a vocabulary that makes no sense."""
     work = tmp_path_factory.mktemp("vision")
     source = copytree(FOLDER, work / "source")
-    (source / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary())))
+    write_tokenizer(source, 576)
     with open_checkpoint(source) as checkpoint:
         convert(checkpoint, work / "model", quant="keep")
     return work / "model"
-
-
-def vocabulary() -> Vocabulary:
-    """As many pieces as the model has ids."""
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += [f"▁{token}" for token in range(len(pieces), 576)]
-    types = np.array([CONTROL] * 4 + [1] * (len(pieces) - 4), np.int32)
-    return Vocabulary(pieces, np.zeros(len(pieces), np.float32), types)
-
-
-@pytest.fixture
-def url(folder: Path, chromium: Chromium) -> Iterator[str]:
-    host = Host(folder)
-    chromium.origins.append(host.address)
-    yield host.url
-    chromium.origins.remove(host.address)
-    host.close()
 
 
 def array(text: str, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gemma_wgpu.models import gemma3n, gemma4
 from gemma_wgpu.models.spec import Family, TensorSpec
-from tests.checkpoints import Raw, write_gguf, write_hf
+from tests.checkpoints import Raw, bfloat16, write_gguf, write_hf
 from tests.reference import random_1b
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -79,7 +79,7 @@ def write(folder: Path, name: str) -> Path:
     rng = np.random.Generator(np.random.PCG64(9))
     specs = sorted((*family.tensors(config), *family.unread(config)), key=lambda spec: spec.name)
     tensors = {
-        spec.name.replace("model.language_model.", "model."): ("bfloat16", _bfloat16(_weights(spec, rng)))
+        spec.name.replace("model.language_model.", "model."): ("bfloat16", bfloat16(_weights(spec, rng)))
         for spec in specs
     }
     write_hf(folder, CONFIGS[name], tensors)
@@ -93,7 +93,7 @@ def write_gguf_3n(path: Path) -> Path:
     specs = sorted((*gemma3n.tensors(config), *gemma3n.unread(config)), key=lambda spec: spec.name)
     tensors: dict[str, Raw] = {}
     for spec in specs:
-        values = (_bfloat16(_weights(spec, rng)).astype(np.uint32) << 16).view(np.float32)
+        values = (bfloat16(_weights(spec, rng)).astype(np.uint32) << 16).view(np.float32)
         if spec.name.endswith("embed_tokens_per_layer.weight"):
             values = np.pad(values, ((0, config.vocab_size - len(values)), (0, 0)))
         if spec.slot:
@@ -155,7 +155,3 @@ def _spread(spec: TensorSpec) -> tuple[float, float]:
     if part == "embed_tokens_per_layer":
         return 0.0, 64**-0.5
     return (1.0, 0.2) if len(spec.shape) == 1 else (0.0, spec.shape[1] ** -0.5)
-
-
-def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    return (values.view(np.uint32) >> 16).astype(np.uint16)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.models.gemma3 import Gemma3Config
-from tests.checkpoints import write_hf
+from tests.checkpoints import bfloat16, write_hf
 from tests.reference.random_1b import factor
 from tests.table import EMBEDDING, matrix_shapes, norm_shapes
 
@@ -64,14 +64,10 @@ def write(folder: Path, size: str) -> Path:
     tensors: dict[str, tuple[str, NDArray[np.generic]]] = {}
     for index, (name, (rows, cols)) in enumerate(sorted(matrix_shapes(config).items())):
         deviation = np.float32(0.03 if name == EMBEDDING else cols**-0.5)
-        stretch = _bfloat16(np.roll(pool, 104_729 * index) * deviation)
+        stretch = bfloat16(np.roll(pool, 104_729 * index) * deviation)
         tensors[f"language_model.{name}"] = "bfloat16", np.resize(stretch, (rows, cols))
     for name, (count,) in sorted(norm_shapes(config).items()):
         norm = np.float32(factor(name)) * (1 + np.float32(0.2) * rng.standard_normal(count, np.float32)) - 1
-        tensors[f"language_model.{name}"] = "bfloat16", _bfloat16(norm)
+        tensors[f"language_model.{name}"] = "bfloat16", bfloat16(norm)
     write_hf(folder, _config(size), tensors)
     return folder
-
-
-def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    return (values.view(np.uint32) >> 16).astype(np.uint16)

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemma_wgpu.models.gemma3 import Gemma3Config
-from tests.checkpoints import write_hf
+from tests.checkpoints import bfloat16, write_hf
 from tests.table import EMBEDDING, matrix_shapes, norm_shapes
 from tests.vocabulary import CONTROL, Vocabulary, tokenizer_json
 
@@ -48,13 +47,18 @@ def write(folder: Path, shape: Mapping[str, object] = CONFIG) -> Path:
         matrix = rng.standard_normal((rows, cols), np.float32) * np.float32(0.06 if name == EMBEDDING else cols**-0.5)
         if name == EMBEDDING:
             matrix[STOPS] = 0  # so that they are never the most likely
-        tensors[name] = _bfloat16(matrix)
+        tensors[name] = "bfloat16", bfloat16(matrix)
     for name, (size,) in sorted(norm_shapes(config).items()):
         spread = 1 + np.float32(0.2) * rng.standard_normal(size, np.float32)
-        tensors[name] = _bfloat16(np.float32(factor(name)) * spread - 1)
+        tensors[name] = "bfloat16", bfloat16(np.float32(factor(name)) * spread - 1)
     write_hf(folder, shape, tensors)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(config.vocab_size))))
+    write_tokenizer(folder, config.vocab_size)
     return folder
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """Write the tokenizer.json of a vocabulary without sense."""
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(size))))
 
 
 def factor(name: str) -> float:
@@ -64,10 +68,6 @@ def factor(name: str) -> float:
     if ".post_" in name:
         return 4 * _GROWTH ** (2 * int(name.split(".")[2]) + ("post_feedforward" in name))
     return 1.0
-
-
-def _bfloat16(values: NDArray[np.float32]) -> tuple[str, NDArray[np.uint16]]:
-    return "bfloat16", (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def vocabulary(size: int) -> Vocabulary:

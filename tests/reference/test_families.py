@@ -1,6 +1,5 @@
 """Small random Gemma 3n and Gemma 4 against transformers: whole, in chunks, side by side, past the window."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.summary import summarize
 from tests.reference.families import CONFIGS, IDS, WIDTH, write, write_gguf_3n
 from tests.reference.golden import FOLDER, divergence, greedy, largest_error
-from tests.reference.random_1b import vocabulary
-from tests.vocabulary import tokenizer_json
+from tests.reference.random_1b import write_tokenizer
 
 Report = Callable[[str], None]
 
@@ -116,7 +114,7 @@ def _token_by_token(model: Gemma, ids: list[int]) -> list[NDArray[np.float32]]:
 @every_family
 def test_model_folders(name: str, folder: Path, f32: Gemma, tmp_path: Path) -> None:
     """A folder of ours has the same weights to the bit if it keeps them, and nearly the same in int8."""
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(512))))
+    write_tokenizer(folder, 512)
     f32.reset()
     expected = f32.logits(IDS)
     cases: list[tuple[Quant, float]] = [("keep", 0.0), ("int8", 0.1)]
@@ -129,7 +127,7 @@ def test_model_folders(name: str, folder: Path, f32: Gemma, tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write(tmp_path_factory.mktemp("whole") / "gemma3n", "gemma3n")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary(512))))
+    write_tokenizer(folder, 512)
     return folder
 
 
