@@ -51,9 +51,9 @@ class EncoderStep:
     def __init__(self, device: Device, kernels: Kernels, norms: Norms, count: int, size: int) -> None:
         self.launches: list[Launch] = []
         self.pauses: list[int] = []
-        self._device, self._kernels, self._norms = device, kernels, norms
+        self._device, self.kernels, self._norms = device, kernels, norms
         self._states: dict[int, Buffer] = {}
-        self.patches = self._activation("patches", count, -(-size // BLOCK) * BLOCK)
+        self.patches = self.activation("patches", count, -(-size // BLOCK) * BLOCK)
 
     def close(self) -> None:
         """Free what the launches share."""
@@ -64,10 +64,10 @@ class EncoderStep:
         """Return W x + bias, float32 (count, rows)."""
         out = Value("encoded", x.rows, matrix.rows)
         for part in matrix.parts:
-            self.launches.append(
-                self._kernels.matmul(
+            self.launch(
+                self.kernels.matmul(
                     part,
-                    self._state(x.rows),
+                    self.state(x.rows),
                     x,
                     out,
                     stride=matrix.rows,
@@ -88,11 +88,11 @@ class EncoderStep:
 
     def layer_norm(self, x: Added, norm: LayerNorm, *, half: bool = True) -> Value:
         """Return the LayerNorm of `x`. It is float32 in F16 mode too unless `half`."""
-        residual, half = x.x, half and self._kernels.half
+        residual, half = x.x, half and self.kernels.half
         out = Value("normed", residual.rows, norm.size, 2 if half else 4)
-        self.launches.append(
-            self._kernels.layer_norm(
-                self._state(residual.rows),
+        self.launch(
+            self.kernels.layer_norm(
+                self.state(residual.rows),
                 residual,
                 x.y,
                 norm.norm,
@@ -109,11 +109,11 @@ class EncoderStep:
 
     def rms_norm(self, x: Value, norm: Norm) -> Value:
         """Return the RMSNorm of `x`."""
-        kernels, size = self._kernels, len(norm.weight)
-        out = self._activation("normed", x.rows, size)
-        self.launches.append(
+        kernels, size = self.kernels, len(norm.weight)
+        out = self.activation("normed", x.rows, size)
+        self.launch(
             kernels.rms_norm(
-                self._state(x.rows),
+                self.state(x.rows),
                 x,
                 kernels.unread,
                 self._norms.pair(None, norm),
@@ -128,10 +128,8 @@ class EncoderStep:
 
     def gelu(self, x: Value) -> Value:
         """Return gelu(x), with zeros up to whole blocks of 32."""
-        out = self._activation("gelu", x.rows, -(-x.size // BLOCK) * BLOCK, _GELU_SCALE)
-        self.launches.append(
-            self._kernels.gelu(self._state(x.rows), x, out, size=x.size, scale=out.scale, max_count=x.rows)
-        )
+        out = self.activation("gelu", x.rows, -(-x.size // BLOCK) * BLOCK, _GELU_SCALE)
+        self.launch(self.kernels.gelu(self.state(x.rows), x, out, size=x.size, scale=out.scale, max_count=x.rows))
         return out
 
     def attention(self, qkv: Value, heads: int, *, scale: float) -> Value:
@@ -140,16 +138,16 @@ class EncoderStep:
         `qkv` has the tokens' queries, keys and values one after the other.
         """
         count, size = qkv.rows, qkv.size // 3
-        state = self._state(count)
-        queries, keys, values = (self._activation(label, count, size) for label in ("queries", "keys", "values"))
-        self.launches.append(
-            self._kernels.split_heads(state, qkv, queries, keys, values, size=size, scale=scale, max_count=count)
+        state = self.state(count)
+        queries, keys, values = (self.activation(label, count, size) for label in ("queries", "keys", "values"))
+        self.launch(
+            self.kernels.split_heads(state, qkv, queries, keys, values, size=size, scale=scale, max_count=count)
         )
-        out = self._activation("attended", count, size)
+        out = self.activation("attended", count, size)
         shape = AttentionShape(heads, heads, size // heads, scale, 0.0, window=count, ring=0)
-        cache = self._kernels.unread
-        self.launches.append(
-            self._kernels.attention_prefill(
+        cache = self.kernels.unread
+        self.launch(
+            self.kernels.attention_prefill(
                 shape, state, queries, keys, values, cache, cache, out, max_count=count, sight=Sight.ALL
             )
         )
@@ -159,17 +157,22 @@ class EncoderStep:
         """Average over squares of `window` x `window` tokens of a square grid: float32 (count / window^2, n)."""
         side = round(x.rows**0.5)
         out = Value("pooled", (side // window) ** 2, x.size)
-        self.launches.append(self._kernels.average_pool(x, out, size=x.size, side=side, window=window))
+        self.launch(self.kernels.average_pool(x, out, size=x.size, side=side, window=window))
         return out
+
+    def launch(self, *launches: Launch) -> None:
+        """Write launches down."""
+        self.launches += launches
 
     def pause(self) -> None:
         """Let the host look up here: it shows progress, and may stop."""
         self.pauses.append(len(self.launches))
 
-    def _activation(self, label: str, rows: int, size: int, scale: float = 1.0) -> Value:
-        return Value(label, rows, size, 2 if self._kernels.half else 4, scale)
+    def activation(self, label: str, rows: int, size: int, scale: float = 1.0) -> Value:
+        """Return a new value, (rows, size), half; it is `scale` times what it stands for."""
+        return Value(label, rows, size, 2 if self.kernels.half else 4, scale)
 
-    def _state(self, count: int) -> Buffer:
+    def state(self, count: int) -> Buffer:
         """Return the struct State of shaders/state.wgsl for tokens 0 to count - 1, which lie in no ring."""
         if count not in self._states:
             words = np.array([0, count, 0, 0, 0, 1, 0, 1], np.uint32)
