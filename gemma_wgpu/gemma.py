@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, Unpack, cast, overload
@@ -23,9 +23,9 @@ from gemma_wgpu.errors import ContextError, DeviceError, RequestError
 from gemma_wgpu.fetch.hub import open_model
 from gemma_wgpu.fetch.pictures import fetch_picture
 from gemma_wgpu.gpu import open_device, open_device_sync
-from gemma_wgpu.gpu.device import Adapter, Device
+from gemma_wgpu.gpu.device import Adapter, AdapterInfo, Device
 from gemma_wgpu.gpu.ledger import Ledger
-from gemma_wgpu.models.spec import Config, Family, LanguageModel, VisionModel
+from gemma_wgpu.models.spec import Config, Family, Kind, LanguageModel, VisionModel
 from gemma_wgpu.ops.kv_cache import Lease
 from gemma_wgpu.ops.tuner import tuned
 from gemma_wgpu.options import OptionFields, Options, check_count
@@ -37,6 +37,7 @@ from gemma_wgpu.weights.upload import Upload
 
 PRECISIONS = ("auto", "f16", "f32")
 ACTIVATIONS = ("float", "int8")
+TABLE_PLACES = ("auto", "gpu", "host")
 MOST_SIDE_BY_SIDE = 256  # texts
 _CONTEXT_LENGTH = 4096
 _BATCH_SIZE = 8
@@ -61,6 +62,7 @@ class Gemma:
         fingerprint: str,
         weight_bytes: int,
     ) -> None:
+        self._weights = weights
         self.name = weights.name
         self.quantization = weights.quantization
         self.family: Family = weights.family
@@ -379,6 +381,7 @@ class Gemma:
             features = await self._features(prompt, lease)
             while (start := lease.computed) < len(checked):
                 count = runner.next_count(lease)
+                await runner.look_up(checked[start : start + count])
                 if start + count <= first:
                     with lock:
                         reading = runner.prefill(lease, count, features)
@@ -428,6 +431,7 @@ class Gemma:
                 "prefill_chunk"
             )
         features = await self._features(prompt, None)
+        await runner.look_up(checked)
         with self.device.lock:
             lease = runner.begin(checked, 0)
             try:
@@ -482,6 +486,7 @@ class Gemma:
             self._closed = DeviceError("this model was closed; load it again")
             self.scheduler.close(self._closed)
         self.device.close()
+        self._weights.close()
 
     def __enter__(self) -> Self:
         return self
@@ -544,6 +549,7 @@ def load(
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     vision: bool | str | Path = True,
+    per_layer_table: str = "auto",
     progress: OnProgress | None = None,
 ) -> Gemma:
     """Load a model onto the GPU.
@@ -561,6 +567,10 @@ def load(
     - vision: whether the tower that reads images is loaded, if the model has one. If it is False, the tower is left
       out, and the model takes the memory of its text part alone. If it is a path, it is that of the mmproj file with
       the tower of a .gguf file; otherwise such a file is looked for beside the model.
+    - per_layer_table: where the table lies from which the layers of a Gemma 3n or Gemma 4 get inputs of their own:
+      on the "gpu", or on the "host", from where the rows of the tokens are sent. The table is a third to a half of
+      the weights; without it on the GPU, no step can be computed ahead of the host. "auto" keeps it on the host if
+      the GPU is a CPU that stands in for one, or if the GPU's memory is exhausted otherwise.
     - progress: called with the Progress of a download, and of the weights going to the GPU. In a browser both
       happen at once, and bytes are done when they have come.
 
@@ -568,7 +578,8 @@ def load(
     it; DeviceError if there is no GPU or it lacks memory or f16; RequestError for an option out of its range.
     """
     device = open_device_sync()
-    return device.wait(_load(device, name, precision, activations, context_length, prefill_chunk, vision, progress))
+    how = _How(precision, activations, context_length, prefill_chunk, vision, per_layer_table)
+    return device.wait(_load(device, name, how, progress))
 
 
 async def load_async(
@@ -579,74 +590,134 @@ async def load_async(
     context_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     vision: bool | str | Path = True,
+    per_layer_table: str = "auto",
     progress: OnProgress | None = None,
 ) -> Gemma:
     """Do what `load` does, for an event loop."""
     device = await open_device()
-    return await _load(device, name, precision, activations, context_length, prefill_chunk, vision, progress)
+    how = _How(precision, activations, context_length, prefill_chunk, vision, per_layer_table)
+    return await _load(device, name, how, progress)
 
 
-async def _load(
-    device: Device,
-    name: str | Path,
-    precision: str,
-    activations: str,
-    context_length: int | None,
-    prefill_chunk: int,
-    vision: bool | str | Path,
-    progress: OnProgress | None,
-) -> Gemma:
+@dataclass(frozen=True)
+class _How:
+    """The options of `load`."""
+
+    precision: str
+    activations: str
+    context_length: int | None
+    prefill_chunk: int
+    vision: bool | str | Path
+    per_layer_table: str
+
+
+async def _load(device: Device, name: str | Path, how: _How, progress: OnProgress | None) -> Gemma:
     try:
-        half, int8 = _half(precision, device), _int8(activations)
-        with await open_model(name, progress, vision=vision) as weights:
-            context_length = checked_context_length(context_length, weights.config)
-            check_count("prefill_chunk", prefill_chunk, 1, device.limits.max_compute_workgroups_per_dimension)
-            tuning = await tuned(device)
-            matrices = [weights.tensor(spec.name) for spec in weights.table.values() if spec.kind.is_matrix]
-            total = sum(matrix.layout.nbytes(*matrix.shape) for matrix in matrices)
-            arrived = 0
-
-            def advance(count: int) -> None:
-                nonlocal arrived
-                arrived += count
-                if progress is not None and not weights.reports_progress:
-                    progress(Progress("loading", arrived, total))
-
-            tokenizer = weights.tokenizer()
-            upload = Upload(device, weights, advance)
-            try:
-                before = device.allocated
-                model = await weights.family.load(weights.config, upload)
-                weight_bytes = device.allocated - before
-                runner = Runner(
-                    device,
-                    model,
-                    half=half,
-                    int8=int8,
-                    tuning=tuning,
-                    context_length=context_length,
-                    prefill_chunk=_prefill_chunk(prefill_chunk, context_length, model),
-                    drawable=tokenizer.vocab_size,
-                )
-            except DeviceError as error:
-                needed = f"{weights.name} has {total / 1e6:,.0f} MB of weights to hold on the GPU"
-                raise DeviceError(f"{str(error).rstrip('.')} ({needed})") from error
-            return Gemma(weights, runner, tokenizer, fingerprint=upload.fingerprint, weight_bytes=weight_bytes)
+        _half(how.precision, device), _int8(how.activations)  # what is wrong with them is said before files are read
+        keeping = _keeping(how.per_layer_table, device.info)
+        weights = await open_model(name, progress, vision=how.vision)
+        try:
+            if all(spec.kind != Kind.LOOKUP for spec in weights.table.values()):
+                keeping = keeping[:1]
+            for keep_table in keeping:
+                try:
+                    gemma = await _loaded(device, weights, how, progress, keep_table=keep_table)
+                    break
+                except DeviceError:
+                    if keep_table is keeping[-1]:
+                        raise
+                    device.free()
+        except BaseException:
+            weights.close()
+            raise
+        weights.rest() if gemma.runner.lookup else weights.close()
+        return gemma
     except BaseException:
         device.close()
         raise
 
 
-def expected_bytes(adapter: Adapter, weights: Weights, *, half: bool, context_length: int) -> dict[str, int]:
+async def _loaded(
+    device: Device, weights: Weights, how: _How, progress: OnProgress | None, *, keep_table: bool
+) -> Gemma:
+    context_length = checked_context_length(how.context_length, weights.config)
+    check_count("prefill_chunk", how.prefill_chunk, 1, device.limits.max_compute_workgroups_per_dimension)
+    tuning = await tuned(device)
+    matrices = [weights.tensor(spec.name) for spec in weights.table.values() if spec.kind.is_matrix]
+    total = sum(matrix.layout.nbytes(*matrix.shape) for matrix in matrices)
+    arrived = 0
+
+    def advance(count: int) -> None:
+        nonlocal arrived
+        arrived += count
+        if progress is not None and not weights.reports_progress:
+            progress(Progress("loading", arrived, total))
+
+    tokenizer = weights.tokenizer()
+    upload = Upload(device, weights, advance, keep_table=keep_table)
+    try:
+        before = device.allocated
+        model = await weights.family.load(weights.config, upload)
+        weight_bytes = device.allocated - before
+        runner = Runner(
+            device,
+            model,
+            half=_half(how.precision, device),
+            int8=_int8(how.activations),
+            tuning=tuning,
+            context_length=context_length,
+            prefill_chunk=_prefill_chunk(how.prefill_chunk, context_length, model),
+            drawable=tokenizer.vocab_size,
+            host_table=upload.host_table,
+        )
+    except DeviceError as error:
+        needed = f"{weights.name} has {total / 1e6:,.0f} MB of weights to hold on the GPU"
+        raise DeviceError(f"{str(error).rstrip('.')} ({needed})") from error
+    return Gemma(weights, runner, tokenizer, fingerprint=upload.fingerprint, weight_bytes=weight_bytes)
+
+
+def _keeping(per_layer_table: str, info: AdapterInfo) -> Sequence[bool]:
+    """Return whether to keep a table off the GPU, in the order in which that is to be tried."""
+    if per_layer_table not in TABLE_PLACES:
+        raise RequestError(f"per_layer_table is {per_layer_table!r}; it must be one of {', '.join(TABLE_PLACES)}")
+    if per_layer_table == "auto":
+        return (True,) if info.type == "CPU" else (False, True)
+    return (per_layer_table == "host",)
+
+
+def expected_bytes(
+    adapter: Adapter, weights: Weights, *, half: bool, context_length: int, per_layer_table: str = "auto"
+) -> dict[str, int]:
     """Return the bytes that a model takes on a GPU when one text fills the context: as `Gemma.gpu_bytes`.
 
     Raises DeviceError if a buffer is over the adapter's limits.
     """
+    keeping = _keeping(per_layer_table, adapter.info)
+    for keep_table in keeping:
+        try:
+            return _expected_bytes(adapter, weights, half, context_length, keep_table)
+        except DeviceError:
+            if keep_table is keeping[-1]:
+                raise
+    raise AssertionError("one way is the last")
+
+
+def _expected_bytes(
+    adapter: Adapter, weights: Weights, half: bool, context_length: int, keep_table: bool
+) -> dict[str, int]:
     ledger = Ledger(adapter)
-    model = ledger.wait(weights.family.load(weights.config, Upload(ledger, weights, lambda _: None, empty=True)))
+    upload = Upload(ledger, weights, lambda _: None, empty=True, keep_table=keep_table)
+    model = ledger.wait(weights.family.load(weights.config, upload))
     weight_bytes = ledger.allocated
     chunk = _prefill_chunk(PREFILL_CHUNK, context_length, model)
-    runner = Runner(ledger, model, half=half, context_length=context_length, prefill_chunk=chunk)
+    runner = Runner(
+        ledger,
+        model,
+        half=half,
+        context_length=context_length,
+        prefill_chunk=chunk,
+        host_table=upload.host_table,
+    )
     runner.fill()
     return {
         "weights": weight_bytes + runner.norm_bytes,

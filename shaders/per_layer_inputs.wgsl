@@ -1,6 +1,6 @@
 // What each layer is told of each token (Gemma 3n, transformers' project_per_layer_inputs): what the context makes of the
 // token's embedding, normed, and what a table has of the token itself:
-//     out[t, l] = (weight * context[t, l] / rms(context[t, l]) + rows[t, l]) / sqrt(2)
+//     out[t, l] = (weight * context[t, l] / rms(context[t, l]) + SCALE rows[t, l]) / sqrt(2)
 // with rms(v) = sqrt(mean(v^2) + eps) over the SIZE numbers of a layer.
 //
 // context, rows, out f32 [max count, LAYERS, SIZE]      weight f32 [SIZE]
@@ -8,6 +8,7 @@
 override WORKGROUP_SIZE: u32;
 override LAYERS: u32;
 override SIZE: u32;
+override SCALE: f32;
 override EPS: f32;
 #include "reduce.wgsl"
 #include "state.wgsl"
@@ -27,6 +28,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var i = thread; i < size; i += WORKGROUP_SIZE) { squares += dot(context[start + i], context[start + i]); }
     let scale = inverseSqrt(workgroup_sum(thread, squares) / f32(SIZE) + EPS);
     for (var i = thread; i < size; i += WORKGROUP_SIZE) {
-        out[start + i] = (weight[i] * context[start + i] * scale + rows[start + i]) * 0.7071067811865476;
+        out[start + i] = (weight[i] * context[start + i] * scale + SCALE * rows[start + i]) * 0.7071067811865476;
     }
 }

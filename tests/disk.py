@@ -1,10 +1,10 @@
 """A model folder on disk in the place of one on the web."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gemma_wgpu.gpu.device import Held
-from gemma_wgpu.weights.hosted import WebFolder
+from gemma_wgpu.weights.hosted import KeptFile, WebFolder
 
 
 class Bytes(Held):
@@ -23,6 +23,16 @@ class Bytes(Held):
         pass
 
 
+class Kept(KeptFile):
+    """A file in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    async def read(self, spans: Sequence[tuple[int, int]]) -> bytes:
+        return b"".join(self.data[offset : offset + size] for offset, size in spans)
+
+
 class Disk(WebFolder):
     """A folder on disk; `loaded` has the names of the files that were asked for."""
 
@@ -38,6 +48,9 @@ class Disk(WebFolder):
         report(0)
         report(nbytes)
         return Bytes((self.path / name).read_bytes())
+
+    async def kept(self, name: str, data: Held) -> KeptFile:
+        return Kept(data.to_bytes())
 
     async def retain(self, name: str, data: bytes, others: frozenset[str]) -> None:
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,12 @@ class Blank(Tensor):
     async def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data, Data]]:
         raise AssertionError("there are none")
         yield
+
+    async def stay(self) -> None:
+        raise AssertionError("there are none")
+
+    def fetch(self, numbers: Sequence[int]) -> Awaitable[NDArray[np.float32]]:
+        raise AssertionError("there are none")
 
 
 class Blanks(Weights):

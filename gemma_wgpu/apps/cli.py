@@ -31,7 +31,14 @@ from gemma_wgpu.engine.generation import Generation
 from gemma_wgpu.errors import DeviceError, GemmaError, RequestError
 from gemma_wgpu.fetch.hub import find
 from gemma_wgpu.files import is_full, reason
-from gemma_wgpu.gemma import ACTIVATIONS, MOST_SIDE_BY_SIDE, PRECISIONS, checked_context_length, expected_bytes
+from gemma_wgpu.gemma import (
+    ACTIVATIONS,
+    MOST_SIDE_BY_SIDE,
+    PRECISIONS,
+    TABLE_PLACES,
+    checked_context_length,
+    expected_bytes,
+)
 from gemma_wgpu.gpu.native import native_adapters
 from gemma_wgpu.models.keys import listed
 from gemma_wgpu.models.spec import MatFormerSlice
@@ -114,6 +121,15 @@ _activations_option = click.option(
 )
 
 
+_table_option = click.option(
+    "--per-layer-table",
+    type=click.Choice(TABLE_PLACES),
+    default="auto",
+    show_default=True,
+    help="Hold the table of a Gemma 3n or Gemma 4 that has its layers' own inputs here.",
+)
+
+
 def _vision_options(command: F) -> F:
     """Add the options that say which tower a model has."""
     for option in (
@@ -149,11 +165,18 @@ class _Model:
     activations: str
     context_length: int | None
     vision: bool | Path
+    per_layer_table: str
 
     def load(self, *, quiet: bool = False) -> gemma_wgpu.Gemma:
         """Load it onto the GPU, with a progress bar unless it is to be quiet."""
         return _load(
-            self.name, self.precision, self.activations, self.context_length, vision=self.vision, quiet=quiet
+            self.name,
+            self.precision,
+            self.activations,
+            self.context_length,
+            vision=self.vision,
+            per_layer_table=self.per_layer_table,
+            quiet=quiet,
         )
 
 
@@ -166,6 +189,7 @@ _MODEL_OPTIONS = (
         help="Let prompt and text have so many tokens together.  [default: 4096, or less if the model has less]",
     ),
     _vision_options,
+    _table_option,
     click.option(
         "--model",
         default="demo",
@@ -187,10 +211,12 @@ def _model_options(command: F) -> F:
         context_length: int | None,
         mmproj: Path | None,
         no_vision: bool,
+        per_layer_table: str,
         **others: Any,
     ) -> Any:
         vision = _vision(mmproj, no_vision)
-        return command(model=_Model(model, precision, activations, context_length, vision), **others)
+        loaded = _Model(model, precision, activations, context_length, vision, per_layer_table)
+        return command(model=loaded, **others)
 
     added: Any = with_model
     for option in _MODEL_OPTIONS:
@@ -505,6 +531,7 @@ def _load(
     context_length: int | None,
     *,
     vision: bool | Path = False,
+    per_layer_table: str = "auto",
     quiet: bool = False,
 ) -> gemma_wgpu.Gemma:
     with _bar(model, quiet=quiet) as progress:
@@ -514,6 +541,7 @@ def _load(
             activations=activations,
             context_length=context_length,
             vision=vision,
+            per_layer_table=per_layer_table,
             progress=progress,
         )
 
@@ -638,7 +666,8 @@ def convert(
 @main.command()
 @click.argument("model")
 @click.option("--context-length", type=int, help="Show the GPU memory for this context.  [default: 4096]")
-def inspect(model: str, context_length: int | None) -> None:
+@_table_option
+def inspect(model: str, context_length: int | None, per_layer_table: str) -> None:
     """Show what the model MODEL is made of, and what it takes on this machine's GPU."""
     with _bar(model) as progress:
         path = find(model, progress)
@@ -666,7 +695,13 @@ def inspect(model: str, context_length: int | None) -> None:
                 rows[precision] = "this GPU has no shader-f16"
                 continue
             try:
-                sizes = expected_bytes(adapter, checkpoint, half=precision == "f16", context_length=context_length)
+                sizes = expected_bytes(
+                    adapter,
+                    checkpoint,
+                    half=precision == "f16",
+                    context_length=context_length,
+                    per_layer_table=per_layer_table,
+                )
             except DeviceError as error:
                 rows[precision] = f"does not fit: {error}"
                 continue

@@ -201,8 +201,10 @@ class _Ours(Engine):
             lease = runner.begin(ids, 0)
         try:
             while left := len(ids) - lease.computed:
+                count = min(left, runner.prefill_chunk)
+                await runner.look_up(ids[-left:][:count])
                 with lock:
-                    reading = runner.prefill(lease, min(left, runner.prefill_chunk))
+                    reading = runner.prefill(lease, count)
                 await reading
         finally:
             with lock:
@@ -574,14 +576,16 @@ async def _profiled(result: Result, runner: Runner, ids: Sequence[int]) -> Resul
         lease = runner.begin(ids, shape.depth)
         try:
             while left := len(ids) - lease.computed:
+                await runner.look_up(ids[-left:][: runner.prefill_chunk])
                 if left > runner.prefill_chunk:
                     programs = [runner.chunk(lease, runner.prefill_chunk)]
                 else:
                     programs = runner.finish_programs(lease, left, _GREEDY)
                 prefill.append((programs, (await device.profile(programs)).tolist()))
             begun = time.perf_counter()
-            runner.set_rows([Row(lease, len(ids), _GREEDY)])
+            runner.set_rows([row := Row(lease, len(ids), _GREEDY)])
             for _ in range(steps):
+                await runner.look_up(runner.tokens_of([row]))
                 programs = runner.step_programs()
                 decode.append((programs, (await device.profile(programs)).tolist()))
             ended = time.perf_counter()
@@ -679,10 +683,12 @@ async def _times_beside_shaders(runner: Runner, tokenizer: Tokenizer) -> list[fl
     with lock:
         lease = runner.begin([tokenizer.bos_id], 0)
     try:
+        await runner.look_up([tokenizer.bos_id])
         with lock:
             reading = runner.finish(lease, 1, _GREEDY)
         await reading
         row = Row(lease, 1, _GREEDY)
+        await runner.look_up(runner.tokens_of([row]))
         times: list[float] = []
         most, begun = min(_HOST_STEPS, runner.context_length - 1), time.perf_counter()
         while len(times) < most and time.perf_counter() - begun < _HOST_SECONDS:

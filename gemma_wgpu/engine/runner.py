@@ -8,13 +8,14 @@ device's lock.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.engine.encoder import Encoder
+from gemma_wgpu.engine.lookup import Lookup
 from gemma_wgpu.engine.prompt import runs
 from gemma_wgpu.errors import DeviceError
 from gemma_wgpu.gpu.device import Buffer, Device, Program
@@ -22,6 +23,7 @@ from gemma_wgpu.models.spec import LanguageModel
 from gemma_wgpu.ops.kernels import STATE_WORDS, SUMMARY_BYTES, VOCABULARY_PART, Kernels, ceil_div
 from gemma_wgpu.ops.kv_cache import KVCache, Lease, Ring, ring_words
 from gemma_wgpu.ops.launch import Launch, Value, record
+from gemma_wgpu.ops.linear import HostTable
 from gemma_wgpu.ops.rope import RopeTables
 from gemma_wgpu.ops.scratch import Scratch
 from gemma_wgpu.ops.step import (
@@ -41,6 +43,7 @@ from gemma_wgpu.options import Options
 PREFILL_CHUNK = 512
 _SMALLEST_CHUNK = 32
 _LOGITS_BYTES = 64 << 20  # at most, of the buffer that `chunk_logits` reads from
+_LOOKUP_ROWS = 512  # that are remembered beside those of two chunks
 _STATE_BYTES = 4 * STATE_WORDS
 _TOKEN = 3  # the word of a State with the token that was chosen
 _SAMPLING_WORDS = 6  # of the struct Sampling of shaders/sampling.wgsl
@@ -107,8 +110,9 @@ class Runner:
     """A model on a device, with the cache of its sequences and all buffers that do not depend on the weights.
 
     `half` is F16 mode, `int8` rounds prompts' activations to 8 bits; `context_length` and `prefill_chunk` are in
-    tokens. Only token ids below `drawable` can be drawn. `encoder` reads images, if the model can. Raises DeviceError
-    if the GPU's memory is exhausted.
+    tokens. Only token ids below `drawable` can be drawn. `encoder` reads images, if the model can. `host_table` is
+    the model's table that stays off the GPU, if one does: then `lookup` must have the rows of a step's tokens before
+    the step is submitted. Raises DeviceError if the GPU's memory is exhausted.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class Runner:
         context_length: int,
         prefill_chunk: int = PREFILL_CHUNK,
         drawable: int | None = None,
+        host_table: HostTable | None = None,
     ) -> None:
         self.device = device
         self.model = model
@@ -137,6 +142,7 @@ class Runner:
         self._norms = Norms(device)
         self._scratch = Scratch(device)
         self.encoder = Encoder(device, self.kernels, self._norms, model.vision) if model.vision else None
+        self.lookup = Lookup(host_table, 2 * prefill_chunk + _LOOKUP_ROWS) if host_table else None
         self._around = Surroundings(self.kernels, self._norms, self._ropes, self.cache, int8)
         self._steps: dict[tuple[str, int], _Recorded] = {}
         self._programs: dict[tuple[str, int], Program] = {}
@@ -159,6 +165,7 @@ class Runner:
             ("prompt sampling", 4 * _SAMPLING_WORDS),
             ("prompt tokens", 4 * self.prefill_chunk),
             *([("reach", 4 * self.prefill_chunk)] if self.encoder else []),
+            *([("rows", max(self.prefill_chunk, rows) * self.lookup.row_bytes)] if self.lookup else []),
             ("states", rows * _STATE_BYTES),
             ("batch state", _STATE_BYTES),
             ("samplings", 4 * rows * _SAMPLING_WORDS),
@@ -177,6 +184,7 @@ class Runner:
                 old.destroy()
                 self._forget_programs()
             self._own[name] = new
+        self._around = replace(self._around, rows=self._own.get("rows"))
 
     def reserve(self, rows: int) -> None:
         """Make room for so many sequences side by side. Raises DeviceError if the GPU's memory is exhausted."""
@@ -337,6 +345,22 @@ class Runner:
             stop -= 1
         return stop - start
 
+    def missing(self, tokens: Sequence[int]) -> list[int]:
+        """Return the numbers of the rows that are to be fetched by `lookup` before a step of some tokens."""
+        return self.lookup.missing(tokens) if self.lookup else []
+
+    async def look_up(self, tokens: Sequence[int]) -> None:
+        """Fetch what a step of some tokens needs of a table that stays off the GPU.
+
+        Raises ModelError if it cannot be read.
+        """
+        if self.lookup and (numbers := self.lookup.missing(tokens)):
+            self.lookup.keep(numbers, await self.lookup.fetch(numbers))
+
+    def _write_lookup(self, tokens: Sequence[int]) -> None:
+        if self.lookup:
+            self.device.write(self._own["rows"], self.lookup.rows(tokens))
+
     def chunk(self, lease: Lease, count: int, features: Features = NO_FEATURES) -> Program:
         """Make the next `count` tokens of a sequence, at most `prefill_chunk`, ready; return what computes them.
 
@@ -358,8 +382,10 @@ class Runner:
         """Write down where a chunk stands, and its tokens."""
         self._write_state("prompt state", lease, start, count)
         # What is looked up for a soft token is of no use.
-        ids = np.maximum(np.array(lease.ids[start : start + count], np.int64), 0).astype(np.uint32)
+        tokens = lease.ids[start : start + count]
+        ids = np.maximum(np.array(tokens, np.int64), 0).astype(np.uint32)
         self.device.write(self._own["prompt tokens"], ids)
+        self._write_lookup(tokens)
 
     def _write_features(self, ids: Sequence[int], features: Features, embedded: Buffer) -> None:
         """Put images' features into the place of embeddings, and write down which tokens see each other."""
@@ -429,10 +455,19 @@ class Runner:
         if not self._fresh or rings != self._written:
             self._write_rows()
             self._fresh, self._written = True, rings
+        self._write_lookup(self.tokens_of(self._rows))
         for row in self._rows:
             row.position += 1
             row.lease.advance(row.position)
         return programs
+
+    @staticmethod
+    def tokens_of(rows: Sequence[Row]) -> list[int]:
+        """Return the tokens that the next step of some rows takes through the layers, as far as the host knows them.
+
+        The token of a row that the host does not know is -1.
+        """
+        return [row.lease.ids[row.position] if row.position < len(row.lease.ids) else -1 for row in rows]
 
     def decode_programs(self, count: int = 1) -> list[Program]:
         """Return what a step of `count` sequences submits."""

@@ -8,7 +8,7 @@ them has the pieces that it would have alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,6 +76,7 @@ class _Step:
     reading: Awaitable[object]
     logits: dict[int, Awaitable[Bytes]] = field(default_factory=dict)
     encoding: Encoding | None = None  # an image's, if this is a step of it
+    rows: list[int] | None = None  # of a table that stays off the GPU, if this fetches them
 
 
 class Scheduler:
@@ -234,6 +235,8 @@ class Scheduler:
     def _submit_chunk(self, prompt: _Prompt) -> None:
         runner, request, lease = self.runner, prompt.request, prompt.lease
         count = runner.next_count(lease)
+        if self._fetches([request], lease.ids[lease.computed : lease.computed + count]):
+            return
         if lease.computed + count < len(request.prompt):
             self._steps.append(_Step([request], [], runner.prefill(lease, count, prompt.features)))
             return
@@ -245,6 +248,15 @@ class Scheduler:
             self._running[request] = running
             self._end_prompt()
 
+    def _fetches(self, requests: list[Request], tokens: Sequence[int]) -> bool:
+        """Fetch what a step of some tokens lacks of a table that stays off the GPU; say whether it has to wait."""
+        numbers = self.runner.missing(tokens)
+        if numbers and not any(step.rows is not None and step.requests == requests for step in self._steps):
+            assert self.runner.lookup
+            # It need not wait for the GPU.
+            self._steps.appendleft(_Step(requests, [], self.runner.lookup.fetch(numbers), rows=numbers))
+        return bool(numbers)
+
     # Steps of one token.
 
     def _active(self) -> list[_Running]:
@@ -255,6 +267,9 @@ class Scheduler:
         ahead = min((self._ahead(text.request) for text in self._active()), default=0)
         while texts := self._ready(ahead):
             try:
+                tokens = self.runner.tokens_of([text.row for text in texts])
+                if self._fetches([text.request for text in texts], tokens):
+                    return
                 self._submit_step(texts)
             except Exception as error:
                 for text in texts:
@@ -269,10 +284,9 @@ class Scheduler:
         for text in texts:
             text.submitted += 1
 
-    @staticmethod
-    def _ahead(request: Request) -> int:
+    def _ahead(self, request: Request) -> int:
         """Return how many tokens more than one may be on the way: those past the end of a text are for nothing."""
-        if request.mask:  # what it allows is known when the last token is
+        if request.mask or self.runner.lookup:  # what it allows, or its row, is known when the last token is
             return 0
         return min(1 + int(_LATENESS * request.stats.decode_tokens_per_second), ROLLBACK)
 
@@ -311,6 +325,8 @@ class Scheduler:
 
     def _receive(self, step: _Step, data: object, logits: dict[int, Bytes]) -> None:
         assert isinstance(data, np.ndarray)
+        if step.rows is not None and self.runner.lookup:
+            self.runner.lookup.keep(step.rows, data)
         if step.encoding:
             self._receive_encoding(step.encoding, data)
         if not step.texts:

@@ -10,12 +10,13 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any, TypeVar
 
 import js
+import numpy as np
 from pyodide.code import run_js
 from pyodide.ffi import JsException, create_proxy, to_js
 
@@ -23,7 +24,7 @@ from gemma_wgpu.errors import ModelError
 from gemma_wgpu.fetch.store import Cache, Cached, nothing_from
 from gemma_wgpu.gpu.browser import block_on
 from gemma_wgpu.gpu.device import Held
-from gemma_wgpu.weights.hosted import WebFolder
+from gemma_wgpu.weights.hosted import KeptFile, WebFolder
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class BrowserFolder(WebFolder):
     async def read(self, name: str) -> bytes:
         """Return a small file from the network, or from the storage if the network does not answer."""
         store = await self._opened()
-        with self._as_model_error(name) as address:
+        with self.as_model_error(name) as address:
             data: bytes = (await store.fetchSmall(self._home, name, address)).to_bytes()
         return data
 
@@ -71,12 +72,18 @@ class BrowserFolder(WebFolder):
         """Return a file from the storage, or from the network while it is checked and stored."""
         store, proxy = await self._opened(), create_proxy(report)
         try:
-            with self._as_model_error(name) as address:
+            with self.as_model_error(name) as address:
                 held = BrowserHeld(await store.load(self._home, name, address, nbytes, sha256, proxy))
         finally:
             proxy.destroy()
         self._warn()
         return held
+
+    async def kept(self, name: str, data: Held) -> KeptFile:
+        """Return a file to read from: the one that is stored, or else a copy of `data`."""
+        assert isinstance(data, BrowserHeld)
+        store = await self._opened()
+        return _BrowserFile(self, name, store, await store.blob(self._home, name, data.view))
 
     async def retain(self, name: str, data: bytes, others: frozenset[str]) -> None:
         """Keep the manifest and the files that it names, and delete everything else of this model."""
@@ -103,7 +110,7 @@ class BrowserFolder(WebFolder):
         return self._store
 
     @contextmanager
-    def _as_model_error(self, name: str) -> Iterator[str]:
+    def as_model_error(self, name: str) -> Iterator[str]:
         """Yield the address of a file, and make a ModelError, which names it, of JavaScript's errors."""
         address = js.URL.new(self.url)
         address.pathname = f"{address.pathname.rstrip('/')}/{name}"
@@ -119,6 +126,21 @@ class BrowserFolder(WebFolder):
                 f"{self.url} is not kept for next time: {problem}; gemma_wgpu.cache lists and deletes what is kept",
                 stacklevel=2,
             )
+
+
+class _BrowserFile(KeptFile):
+    """A Blob."""
+
+    def __init__(self, folder: BrowserFolder, name: str, store: Any, blob: Any) -> None:
+        self._folder, self._name, self._store, self._blob = folder, name, store, blob
+
+    async def read(self, spans: Sequence[tuple[int, int]]) -> bytes:
+        """Return the bytes of some spans."""
+        with self._folder.as_model_error(self._name):
+            data: bytes = (
+                await self._store.slices(self._blob, to_js(np.array(spans, np.float64).reshape(-1)))
+            ).to_bytes()
+        return data
 
 
 class BrowserCache(Cache):

@@ -37,7 +37,8 @@ async () => {
         return {
             async get(home, name) {
                 const response = await cache.match(key(home, name));
-                return response && { size: size(response), arrayBuffer: () => response.arrayBuffer() };
+                if (!response) return undefined;
+                return { size: size(response), arrayBuffer: () => response.arrayBuffer(), blob: () => response.blob() };
             },
             async put(home, name, data) {
                 const headers = { "Content-Length": data.byteLength };
@@ -173,8 +174,24 @@ async () => {
         }
     };
 
+    // Returns what `slices` reads from: a file that is kept, or else a copy of its data.
+    const blob = async (home, name, data) => {
+        const file = await files.get(home, name).catch(() => undefined);
+        if (file?.size !== data.length) return new Blob([data]);
+        return file.slice ? file : file.blob();
+    };
+
+    // Returns the bytes of spans, [offset, size, offset, size, ...], one after the other.
+    const slices = async (file, spans) => {
+        const parts = [];
+        for (let i = 0; i < spans.length; i += 2) parts.push(file.slice(spans[i], spans[i] + spans[i + 1]));
+        return new Uint8Array(await new Blob(parts).arrayBuffer());
+    };
+
     return {
         remove,
+        blob,
+        slices,
         list: files.list,
         read: kept,
         keep,

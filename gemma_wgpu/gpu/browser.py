@@ -185,7 +185,7 @@ class BrowserDevice(Device):
     def close(self) -> None:
         """Destroy the device, and all buffers with it."""
         self._closed = True
-        self._free()
+        self.free()
         self._gpu.device.destroy()
 
 

@@ -210,8 +210,8 @@ class Device(abc.ABC):
         """
         return Pipeline(self._create_pipeline(label, source, constants or {}), label)
 
-    def _free(self) -> None:
-        """Let go of the pipelines, and of the memory of all buffers."""
+    def free(self) -> None:
+        """Let go of the pipelines, and of the memory of all buffers. The device can be used on."""
         self._pipelines.clear()
         for buffer in list(self._buffers):
             buffer.destroy()

@@ -356,7 +356,7 @@ class NativeDevice(Device):
         if not self.is_destroyed:
             with _Interrupts():
                 self._device._poll_wait()  # so that no read is left waiting for what will never come
-        self._free()
+        self.free()
         self._staging.clear()
         if not self.is_destroyed:
             self._device.destroy()

@@ -28,7 +28,7 @@ from gemma_wgpu.models.keys import (
 from gemma_wgpu.models.spec import Cut, Family, Kind, LanguageModel, Loader, MatFormerSlice, TensorSpec
 from gemma_wgpu.ops import altup
 from gemma_wgpu.ops.altup import STREAMS, AltUp
-from gemma_wgpu.ops.linear import Linear
+from gemma_wgpu.ops.linear import HostTable, Linear
 from gemma_wgpu.ops.rope import Rope
 from gemma_wgpu.ops.step import Attention, Norm, Normed, Step
 from gemma_wgpu.tokens.chat import GEMMA3
@@ -369,7 +369,7 @@ class Layer:
 class Gemma3n(LanguageModel):
     """A Gemma 3n with its weights."""
 
-    per_layer_table: Linear
+    per_layer_table: Linear | HostTable
     per_layer_projection: Linear
     per_layer_norm: Norm
     projections: Linear
@@ -396,7 +396,7 @@ class Gemma3n(LanguageModel):
         """Load the weights, in the order of the table."""
         model = cls(config)
         model.head = await loader.linear(sharing.EMBEDDING)
-        model.per_layer_table = await loader.linear(sharing.PER_LAYER_TABLE)
+        model.per_layer_table = await loader.table(sharing.PER_LAYER_TABLE)
         model.per_layer_projection = await loader.linear(sharing.PER_LAYER_PROJECTION)
         # The projection is meant times hidden_size^-0.5, which its norm takes back: only eps feels it.
         model.per_layer_norm = await loader.norm(sharing.PER_LAYER_NORM, config.rms_norm_eps * config.hidden_size)
@@ -460,8 +460,9 @@ class Gemma3n(LanguageModel):
         """Take the tokens of a step through the layers."""
         config = self.config
         x = step.embed(self.head, scale=config.hidden_size**0.5)
-        rows = step.lookup(self.per_layer_table, scale=config.hidden_size_per_layer_input**0.5)
-        inputs = step.per_layer_inputs(step.linear(self.per_layer_projection, x), rows, self.per_layer_norm)
+        context, rows = step.linear(self.per_layer_projection, x), step.lookup(self.per_layer_table)
+        scale = config.hidden_size_per_layer_input**0.5
+        inputs = step.per_layer_inputs(context, rows, self.per_layer_norm, scale=scale)
         streams, added = altup.begin(step, x, step.compute(step.linear(self.projections, x))), None
         for index, layer in enumerate(self.layers):
             streams, x = altup.predict(step, layer.altup, streams, added)

@@ -16,7 +16,7 @@ from gemma_wgpu.models import sharing
 from gemma_wgpu.models.keys import GLOBAL, LOCAL, MOST_LAYERS, Keys, hf_layer_types, shown, text_keys
 from gemma_wgpu.models.spec import Family, Kind, LanguageModel, Loader, TensorSpec
 from gemma_wgpu.ops.launch import Value
-from gemma_wgpu.ops.linear import Linear
+from gemma_wgpu.ops.linear import HostTable, Linear
 from gemma_wgpu.ops.rope import Rope
 from gemma_wgpu.ops.step import Attention, Norm, Normed, Step, Sum
 from gemma_wgpu.tokens.chat import GEMMA3
@@ -238,7 +238,7 @@ class Layer:
 class Gemma4(LanguageModel):
     """A Gemma 4 with its weights."""
 
-    per_layer_table: Linear
+    per_layer_table: Linear | HostTable
     per_layer_projection: Linear
     per_layer_norm: Norm
     layers: list[Layer]
@@ -264,7 +264,7 @@ class Gemma4(LanguageModel):
         """Load the weights, in the order of the table."""
         model = cls(config)
         model.head = await loader.linear(sharing.EMBEDDING)
-        model.per_layer_table = await loader.linear(sharing.PER_LAYER_TABLE)
+        model.per_layer_table = await loader.table(sharing.PER_LAYER_TABLE)
         model.per_layer_projection = await loader.linear(sharing.PER_LAYER_PROJECTION)
         # The projection is meant times hidden_size^-0.5, which its norm takes back: only eps feels it.
         model.per_layer_norm = await loader.norm(sharing.PER_LAYER_NORM, config.rms_norm_eps * config.hidden_size)
@@ -313,8 +313,9 @@ class Gemma4(LanguageModel):
         """Take the tokens of a step through the layers."""
         config = self.config
         x: Value | Sum = step.embed(self.head, scale=config.hidden_size**0.5)
-        rows = step.lookup(self.per_layer_table, scale=config.hidden_size_per_layer_input**0.5)
-        inputs = step.per_layer_inputs(step.linear(self.per_layer_projection, x), rows, self.per_layer_norm)
+        context, rows = step.linear(self.per_layer_projection, x), step.lookup(self.per_layer_table)
+        scale = config.hidden_size_per_layer_input**0.5
+        inputs = step.per_layer_inputs(context, rows, self.per_layer_norm, scale=scale)
         for index, layer in enumerate(self.layers):
             h = step.linear(layer.qkv_proj, step.norm(x, layer.input_layernorm), "qkv")
             h = step.linear(layer.o_proj, step.attention(layer.attention, h))

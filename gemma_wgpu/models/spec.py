@@ -16,7 +16,7 @@ from gemma_wgpu.ops.encoder import EncoderStep, LayerNorm
 from gemma_wgpu.ops.kv_cache import CacheSpec
 from gemma_wgpu.ops.launch import Operand, Value
 from gemma_wgpu.ops.layout import BLOCK
-from gemma_wgpu.ops.linear import Linear
+from gemma_wgpu.ops.linear import HostTable, Linear
 from gemma_wgpu.ops.rope import Rope
 from gemma_wgpu.ops.step import Norm, Normed, Step
 from gemma_wgpu.tokens.chat import ChatTemplate, ImageTokens
@@ -134,6 +134,9 @@ class Loader(Protocol):
 
     async def linear(self, *names: str, biases: Sequence[str] = ()) -> Linear:
         """Load matrices, stacked row upon row, by their names in the table; each has a bias, or none has one."""
+
+    async def table(self, name: str) -> Linear | HostTable:
+        """Load a table of which only some rows are read, or leave it where it is, by its name in the table."""
 
     async def norm(self, name: str, eps: float) -> Norm:
         """Load a norm by its name in the table."""

@@ -290,11 +290,12 @@ class Kernels:
         *,
         layers: int,
         size: int,
+        scale: float,
         eps: float,
         max_count: int,
     ) -> Launch:
-        """Add the norms of `context` to `rows`, both of which have `size` numbers for each of some `layers`."""
-        constants = {"WORKGROUP_SIZE": _REDUCE, "LAYERS": layers, "SIZE": size, "EPS": eps}
+        """Add the norms of `context` to `scale` times `rows`; both have `size` numbers for each of some `layers`."""
+        constants = {"WORKGROUP_SIZE": _REDUCE, "LAYERS": layers, "SIZE": size, "SCALE": scale, "EPS": eps}
         return self._launch("per_layer_inputs", constants, (state, context, rows, weight, out), layers, max_count)
 
     def gated_input(

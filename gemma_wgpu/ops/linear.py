@@ -1,8 +1,13 @@
-"""Weight matrices on the GPU."""
+"""Weight matrices on the GPU, and tables that stay off it."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gemma_wgpu.gpu.device import Buffer
 from gemma_wgpu.ops.layout import Layout
@@ -36,3 +41,15 @@ class Linear:
     parts: tuple[Part, ...]
     bias: Buffer | None = None
     scale: float = 1.0
+
+
+class HostTable(Protocol):
+    """A table that stays off the GPU, to which the rows of a step's tokens are sent. `shape` is (rows, cols)."""
+
+    shape: tuple[int, int]
+
+    def fetch(self, numbers: Sequence[int]) -> Awaitable[NDArray[np.float32]]:
+        """Fetch some rows, float32 (len(numbers), cols). What is returned may be awaited more than once.
+
+        Raises ModelError if they cannot be read.
+        """

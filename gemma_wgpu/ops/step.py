@@ -18,7 +18,7 @@ from gemma_wgpu.gpu.device import Buffer, Device
 from gemma_wgpu.ops.kernels import AttentionShape, Kernels, Sight
 from gemma_wgpu.ops.kv_cache import KVCache
 from gemma_wgpu.ops.launch import Launch, Operand, Value
-from gemma_wgpu.ops.linear import Linear, Part
+from gemma_wgpu.ops.linear import HostTable, Linear, Part
 from gemma_wgpu.ops.rope import Rope, RopeTables
 
 # GeGLU's product can pass the range of float16 before the down projection; this power of two keeps it inside.
@@ -143,6 +143,7 @@ class Surroundings:
     ropes: RopeTables
     caches: KVCache
     int8: bool  # whether the activations of prompts are rounded to 8 bits
+    rows: Buffer | None = None  # float32, in which the host puts the tokens' rows of a table that stays with it
 
 
 class Step(ABC):
@@ -177,7 +178,7 @@ class Step(ABC):
 
     def embed(self, table: Linear, *, scale: float) -> Value:
         """Look up the tokens' rows of `table`, times `scale`: float32 (count, cols)."""
-        self.embedded = self.lookup(table, scale=scale, label="residual")
+        self.embedded = self._looked_up(table, scale, "residual")
         self.embedding_launches = len(self.launches)
         return self.embedded
 
@@ -222,25 +223,33 @@ class Step(ABC):
         )
         return out
 
-    def lookup(self, table: Linear, *, scale: float, label: str = "rows") -> Value:
-        """Look up the tokens' rows of any table, times `scale`: float32 (count, cols)."""
+    def lookup(self, table: Linear | HostTable) -> Operand:
+        """Look up the tokens' rows of any table: float32 (count, cols). The host brings those of a table it keeps."""
+        if isinstance(table, Linear):
+            return self._looked_up(table, 1.0, "rows")
+        assert self.around.rows, "there is room for rows if a model has such a table"
+        return self.around.rows
+
+    def _looked_up(self, table: Linear, scale: float, label: str) -> Value:
         out = self.value(label, table.cols)
         for part in table.parts:
             self._embed(part, out, scale, table.rows)
         return out
 
-    def per_layer_inputs(self, context: Value | Product, rows: Value, norm: Norm) -> Value:
-        """Return (norm(context) + rows) / sqrt(2) for each layer: float32 (count, layers * n), as `rows` are."""
-        out, size = self.value("per-layer inputs", rows.size), len(norm.weight)
+    def per_layer_inputs(self, context: Value | Product, rows: Operand, norm: Norm, *, scale: float) -> Value:
+        """Return (norm(context) + scale * rows) / sqrt(2) for each layer: float32 (count, layers * n)."""
+        x, size = self._plain(context), len(norm.weight)
+        out = self.value("per-layer inputs", x.size)
         self.launch(
             self.around.kernels.per_layer_inputs(
                 self.whole,
-                self._plain(context),
+                x,
                 rows,
                 self.around.norms.pair(norm, None),
                 out,
-                layers=rows.size // size,
+                layers=x.size // size,
                 size=size,
+                scale=scale,
                 eps=norm.eps,
                 max_count=self.count,
             )

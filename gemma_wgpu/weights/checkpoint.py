@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +34,20 @@ class Tensor(ABC):
     @abstractmethod
     def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data, Data]]:
         """Yield rows [start, stop) in one or more runs of (the first row, quants, scales). `start` is even."""
+
+    @abstractmethod
+    async def stay(self) -> None:
+        """Get ready for `fetch`, which reads rows for as long as the model is open; check the matrix once.
+
+        Raises ModelError if it is damaged.
+        """
+
+    @abstractmethod
+    def fetch(self, numbers: Sequence[int]) -> Awaitable[NDArray[np.float32]]:
+        """Fetch some rows, float32 (len(numbers), cols). What is returned may be awaited more than once.
+
+        Raises ModelError if they cannot be read.
+        """
 
 
 class Weights(ABC):
@@ -89,6 +103,10 @@ class Weights(ABC):
         Until then, weights that were read from a mapped file count as the process's memory.
         """
 
+    def rest(self) -> None:
+        """Let go of all that nobody needs who only fetches rows of tensors that stay."""
+        self.release()
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the files. What was packed stays valid; tensors raise ModelError from then on."""
@@ -98,6 +116,17 @@ class Weights(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Ready(Awaitable[NDArray[np.float32]]):
+    """What can be awaited and is there already."""
+
+    def __init__(self, value: NDArray[np.float32]) -> None:
+        self._value = value
+
+    def __await__(self) -> Generator[Any, None, NDArray[np.float32]]:
+        return self._value
+        yield
 
 
 class LocalTensor(Tensor):
@@ -111,6 +140,14 @@ class LocalTensor(Tensor):
         """Yield rows [start, stop) as `pack` gives them."""
         packed = self.pack(start, stop)
         yield start, packed.quants, packed.scales
+
+    async def stay(self) -> None:
+        """Read a row, which checks the file if it has not been read."""
+        self.pack(0, 1)
+
+    def fetch(self, numbers: Sequence[int]) -> Awaitable[NDArray[np.float32]]:
+        """Return rows, which are there at once: no others are read."""
+        return _Ready(np.concatenate([self.pack(number, number + 1).dequantize() for number in numbers]))
 
     def _checked(self, start: int, stop: int | None) -> tuple[int, int]:
         """Return the rows that `pack` is asked for. Raises RequestError outside the matrix."""

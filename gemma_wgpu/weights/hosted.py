@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -17,7 +18,19 @@ from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
 from gemma_wgpu.weights.checkpoint import Tensor, Weights
 from gemma_wgpu.weights.folder import checked_config
-from gemma_wgpu.weights.manifest import MANIFEST, Entry, File, Manifest
+from gemma_wgpu.weights.manifest import MANIFEST, Entry, File, Manifest, ShardPart
+from gemma_wgpu.weights.packed import Packed
+
+
+class KeptFile(ABC):
+    """A file of a folder on the web as it lies on this machine, outside of Python's memory."""
+
+    @abstractmethod
+    async def read(self, spans: Sequence[tuple[int, int]]) -> bytes:
+        """Return the bytes of some spans, (offset, size) each, one after the other.
+
+        Raises ModelError, which names the file's address, if they are no longer there.
+        """
 
 
 class WebFolder(ABC):
@@ -38,6 +51,10 @@ class WebFolder(ABC):
 
         `report` is called again and again with the bytes that have come so far.
         """
+
+    @abstractmethod
+    async def kept(self, name: str, data: Held) -> KeptFile:
+        """Return a file that was loaded, as `data`, to read from it later: `data` is not needed for that."""
 
     @abstractmethod
     async def retain(self, name: str, data: bytes, others: frozenset[str]) -> None:
@@ -80,6 +97,7 @@ class HostedFolder(Weights):
         self._entries = {tensor.name: tensor for tensor in manifest.tensors if tensor.name in self.table}
         self._needed = [manifest.shards[number] for number in manifest.shards_of(self.table)]
         self._at_hand: tuple[int, Held] | None = None
+        self._kept: dict[int, KeptFile] = {}
 
     @classmethod
     async def open(cls, folder: WebFolder, progress: OnProgress | None, *, vision: bool = True) -> Self:
@@ -128,6 +146,15 @@ class HostedFolder(Weights):
             self._at_hand = number, held
         return self._at_hand[1]
 
+    async def keep(self, number: int) -> None:
+        """Load a shard, checked, and keep it for `kept`."""
+        if number not in self._kept:
+            self._kept[number] = await self._folder.kept(self._manifest.shards[number].name, await self.shard(number))
+
+    def kept(self, number: int) -> KeptFile:
+        """Return a shard that `keep` has kept."""
+        return self._kept[number]
+
     def _report(self, file: File) -> Callable[[int], None]:
         before = sum(shard.nbytes for shard in self._needed[: self._needed.index(file)])
         total = sum(shard.nbytes for shard in self._needed)
@@ -149,6 +176,10 @@ class HostedFolder(Weights):
 
     def release(self) -> None:
         """Do nothing: a shard is let go when the next one comes."""
+
+    def rest(self) -> None:
+        """Let go of the last shard."""
+        self._let_go()
 
     def close(self) -> None:
         """Let go of the last shard, and stop a download that is under way."""
@@ -175,3 +206,42 @@ class _HostedMatrix(Tensor):
         for run in self._entry.runs(start, stop):
             shard = await self._folder.shard(run.shard)
             yield run.start, shard.slice(*run.quants), shard.slice(*run.scales)
+
+    async def stay(self) -> None:
+        """Bring the shards to this machine, one by one, and check them."""
+        for part in self._entry.parts:
+            await self._folder.keep(part.shard)
+
+    def fetch(self, numbers: Sequence[int]) -> Awaitable[NDArray[np.float32]]:
+        """Fetch some rows from the shards that `stay` has kept."""
+        return _Shared(self._rows(numbers))
+
+    async def _rows(self, numbers: Sequence[int]) -> NDArray[np.float32]:
+        rows = np.empty((len(numbers), self.shape[1]), np.float32)
+        runs: dict[int, list[tuple[int, ShardPart]]] = {}  # by their shards, with the places of their rows
+        for place, number in enumerate(numbers):
+            even = number // 2 * 2  # the scales of two rows begin and end with a word
+            [run] = self._entry.runs(even, min(even + 2, self.shape[0]))
+            runs.setdefault(run.shard, []).append((place, run))
+        for shard, found in runs.items():
+            data = await self._folder.kept(shard).read(
+                [span for _, run in found for span in (run.quants, run.scales)]
+            )
+            words, at = np.frombuffer(data, np.uint32), 0
+            for place, run in found:
+                quants, scales = run.quants[1] // 4, run.scales[1] // 4
+                split = np.split(words[at : at + quants + scales], [quants])
+                packed = Packed(self.layout, run.stop - run.start, self.shape[1], *split)
+                rows[place] = packed.dequantize()[numbers[place] - run.start]
+                at += quants + scales
+        return rows
+
+
+class _Shared(Awaitable[NDArray[np.float32]]):
+    """What a coroutine returns, for all who await it. If one of them is cancelled, the others are not."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, NDArray[np.float32]]) -> None:
+        self._future = asyncio.ensure_future(coroutine)
+
+    def __await__(self) -> Generator[Any, None, NDArray[np.float32]]:
+        return asyncio.shield(self._future).__await__()

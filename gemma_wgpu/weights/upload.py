@@ -14,7 +14,7 @@ from gemma_wgpu.models.spec import Loader
 from gemma_wgpu.ops.encoder import LayerNorm
 from gemma_wgpu.ops.launch import Operand
 from gemma_wgpu.ops.layout import BLOCK, Layout
-from gemma_wgpu.ops.linear import Linear, Part
+from gemma_wgpu.ops.linear import HostTable, Linear, Part
 from gemma_wgpu.ops.step import Norm
 from gemma_wgpu.weights.checkpoint import Tensor, Weights
 
@@ -27,18 +27,34 @@ Advance = Callable[[int], None]
 class Upload(Loader):
     """Brings the weights of a model to a device. `advance` is told the bytes of each transfer.
 
-    If `empty` is true, the buffers are made but not filled, which shows what memory they take. Every method raises
-    DeviceError if the GPU's memory is exhausted, and ModelError if a tensor cannot be read.
+    If `empty` is true, the buffers are made but not filled, which shows what memory they take. If `keep_table` is
+    true, a table of which only rows are read stays where it is, as `host_table`, and the weights must stay open.
+    Every method raises DeviceError if the GPU's memory is exhausted, and ModelError if a tensor cannot be read.
     """
 
-    def __init__(self, device: Device, weights: Weights, advance: Advance, *, empty: bool = False) -> None:
+    def __init__(
+        self, device: Device, weights: Weights, advance: Advance, *, empty: bool = False, keep_table: bool = False
+    ) -> None:
         self._device, self._weights, self._advance, self._empty = device, weights, advance, empty
+        self._keep_table = keep_table
+        self.host_table: HostTable | None = None
         self._identity = hashlib.sha256(f"{weights.config} {weights.quantization}".encode())
 
     @property
     def fingerprint(self) -> str:
         """Return a hash of the shape, the quantisation and the norms, which no two trainings make the same."""
         return self._identity.hexdigest()
+
+    async def table(self, name: str) -> Linear | HostTable:
+        """Load a table of which only some rows are read, or leave it where it is, by its name in the table."""
+        if not self._keep_table:
+            return await self.linear(name)
+        self.host_table = tensor = self._weights.tensor(name)
+        if not self._empty:
+            await tensor.stay()
+            self._advance(tensor.layout.nbytes(*tensor.shape))
+            self._weights.release()
+        return tensor
 
     async def norm(self, name: str, eps: float) -> Norm:
         """Load a norm by its name in the table."""

@@ -18,14 +18,15 @@ class Case:
     max_count: int
     half: bool  # it makes no difference
     eps: float = 1e-6
+    scale: float = 16.0
 
 
 CASES = (
     Case(35, 256, 3, 4, half=False),
     Case(30, 256, 1, 1, half=True, eps=1e-6 * 1536),  # of a context that is not scaled
-    Case(1, 2048, 2, 3, half=True),
+    Case(1, 2048, 2, 3, half=True, scale=1.0),
     Case(5, 192, 5, 5, half=False),  # fewer vectors than threads
-    Case(3, 36, 2, 2, half=True),
+    Case(3, 36, 2, 2, half=True, scale=6.0),
 )
 
 
@@ -49,6 +50,7 @@ async def check(device: Device, case: Case) -> None:
                 out,
                 layers=case.layers,
                 size=case.size,
+                scale=case.scale,
                 eps=case.eps,
                 max_count=case.max_count,
             )
@@ -56,7 +58,7 @@ async def check(device: Device, case: Case) -> None:
         actual = await bench.get(out, *shape)
 
     normed = normalize(context[: case.count].astype(np.float64), weight, case.eps)
-    told = rows[: case.count].astype(np.float64)
+    told = case.scale * rows[: case.count].astype(np.float64)
     error = F32 * (np.abs(normed) + np.abs(told)) / np.sqrt(2)
     close("out", actual[: case.count], (normed + told) / np.sqrt(2), error)
     same("rows outside", actual[case.count :], UNTOUCHED)

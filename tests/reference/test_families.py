@@ -40,9 +40,9 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("families") / name, name)
 
 
-@pytest.fixture(scope="module")
-def f32(folder: Path) -> Iterator[Gemma]:
-    with load(folder, precision="f32", context_length=128) as model:
+@pytest.fixture(scope="module", params=["gpu", "host"])
+def f32(folder: Path, request: pytest.FixtureRequest) -> Iterator[Gemma]:
+    with load(folder, precision="f32", context_length=128, per_layer_table=request.param) as model:
         yield model
 
 
