@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.make_1b import CONFIG, bf16
+from benchmarks.make_random import CONFIG, bf16
 from gemma_wgpu.fetch.hub import find
 from gemma_wgpu.models.spec import Kind
 from gemma_wgpu.weights.checkpoint import Checkpoint

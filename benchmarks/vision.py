@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.make_1b import write_tensors
+from benchmarks.make_random import write_tensors
 from gemma_wgpu import Gemma, load
 from gemma_wgpu.engine.prompt import Image
 from gemma_wgpu.models.gemma3 import Gemma3Config, tensors

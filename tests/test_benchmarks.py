@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import make_1b, make_onnx
+from benchmarks import make_onnx, make_random
 from gemma_wgpu.weights.checkpoint import Checkpoint
 from gemma_wgpu.weights.opening import open_checkpoint
 from tests.tiny import PIECES, TYPES
@@ -17,10 +17,10 @@ SMALL = {"vocab_size": len(PIECES), "hidden_size": 64, "intermediate_size": 96, 
 
 @pytest.fixture
 def random_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for module in (make_1b, make_onnx):
-        monkeypatch.setattr(module, "CONFIG", make_1b.CONFIG | SMALL)
+    config = make_random.CONFIG | SMALL
+    monkeypatch.setattr(make_onnx, "CONFIG", config)
     folder = tmp_path / "random"
-    make_1b.write(folder, seed=0)
+    make_random.write(folder, seed=0, config=config)
     vocabulary = Vocabulary(PIECES, -np.arange(len(PIECES), dtype=np.float32), np.array(TYPES, np.int32))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary)))
     return folder

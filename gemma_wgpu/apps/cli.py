@@ -792,6 +792,7 @@ def evaluate(
 )
 @_precision_option
 @_activations_option
+@_table_option
 @click.option("--peer", "peers", multiple=True, help=f"Measure another engine in turn: {', '.join(PEERS)}.")
 @click.option("--peer-model", help="Let the peers run this model.  [default: MODEL]")
 @click.option("--threads", type=int, help="Let the peers use so many threads of the CPU.  [default: as they choose]")
@@ -808,6 +809,7 @@ def bench(
     form: str,
     precision: str,
     activations: str,
+    per_layer_table: str,
     peers: tuple[str, ...],
     peer_model: str | None,
     threads: int | None,
@@ -835,7 +837,12 @@ def bench(
     for last in (False, True):
         started = time.perf_counter()
         gemma = gemma_wgpu.load(
-            path, precision=precision, activations=activations, context_length=context, vision=False
+            path,
+            precision=precision,
+            activations=activations,
+            context_length=context,
+            vision=False,
+            per_layer_table=per_layer_table,
         )
         seconds.append(time.perf_counter() - started)
         if not last:
