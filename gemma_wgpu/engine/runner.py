@@ -94,12 +94,14 @@ class Row:
 class _Recorded:
     """A step, recorded: its layers, the head that yields the logits, and what writes its hidden states instead.
 
-    If other vectors may take the place of embeddings, `embedding` comes before the layers, and writes `embedded`.
+    If other vectors may take the place of embeddings, `embedding` comes before the layers, and writes `embedded`. The
+    layers that fill no cache are apart, as `last`, if they are for the last token of a prompt alone.
     """
 
     embedding: Program | None
     embedded: Value
     layers: Program
+    last: Program | None
     head: Program
     hidden: Launch
     hidden_out: Value
@@ -162,6 +164,7 @@ class Runner:
         vocab, words = self.vocab_size, self._seen_words
         for name, size in (
             ("prompt state", _STATE_BYTES),
+            ("last state", _STATE_BYTES),
             ("prompt sampling", 4 * _SAMPLING_WORDS),
             ("prompt tokens", 4 * self.prefill_chunk),
             *([("reach", 4 * self.prefill_chunk)] if self.encoder else []),
@@ -193,7 +196,9 @@ class Runner:
     def _plan(self) -> None:
         """Make the memory for the largest steps, so that what the model takes is known before it runs."""
         lease = self.cache.lease([], 0)
-        for step in (self._chunk_step(self.prefill_chunk), self._token_step(prompt=False)):
+        chunk = self.prefill_chunk
+        steps: tuple[Step, ...] = self._chunk_step(chunk), self._chunk_step(chunk, whole=True)
+        for step in (*steps, self._token_step(prompt=False)):
             self._logits(step, self.model.forward(step))
             self._scratch.place(step.launches)
         lease.end("nothing was computed")
@@ -235,10 +240,10 @@ class Runner:
             self._versions = versions
             self._forget_programs()
 
-    def _chunk_step(self, count: int, *, images: bool = False) -> ChunkStep:
+    def _chunk_step(self, count: int, *, images: bool = False, whole: bool = False) -> ChunkStep:
         own = self._own
-        reach = own["reach"] if images else None
-        return ChunkStep(self._around, own["prompt state"], own["prompt tokens"], count, reach)
+        reach, last = own["reach"] if images else None, None if whole else own["last state"]
+        return ChunkStep(self._around, own["prompt state"], own["prompt tokens"], count, reach, last=last)
 
     def _token_step(self, *, prompt: bool) -> TokenStep:
         if prompt:
@@ -251,15 +256,19 @@ class Runner:
         own = self._own
         return BatchStep(self._around, own["states"], own["tokens"], count, own["batch state"])
 
-    def _chunk(self, lease: Lease, count: int) -> _Recorded:
-        """Make room for the next `count` tokens of a sequence; return what takes them through the layers."""
+    def _chunk(self, lease: Lease, count: int, whole: bool) -> _Recorded:
+        """Make room for the next `count` tokens of a sequence; return what takes them through the layers.
+
+        It is for the logits after the last token, or after any of them if `whole`.
+        """
         start = lease.computed
         self._reserve(lease, start + count)
         images = any(token < 0 for token in lease.ids[start : start + count])
         if count == 1 and not images:
             return self._recorded("token", 1, self._token_step(prompt=True))
         size = self._chunk_size(count)
-        return self._recorded("image chunk" if images else "chunk", size, self._chunk_step(size, images=images))
+        kind = ("whole " if whole else "") + ("image chunk" if images else "chunk")
+        return self._recorded(kind, size, self._chunk_step(size, images=images, whole=whole))
 
     def _batch(self, count: int) -> _Recorded:
         """Return what takes one token of each of `count` sequences through the layers."""
@@ -269,8 +278,9 @@ class Runner:
         self._current()
         if (kind, count) not in self._steps:
             x = self.model.forward(step)
-            first = step.embedding_launches if kind == "image chunk" else 0
+            first = step.embedding_launches if kind.endswith("image chunk") else 0
             layers = len(step.launches)
+            own = step.own_launches if isinstance(step, ChunkStep) and step.own_launches is not None else layers
             hidden_out = Value("hidden states", step.count, len(x.norm.weight))
             hidden = step.hidden(x, hidden_out)
             self._logits(step, x)
@@ -278,7 +288,8 @@ class Runner:
             self._steps[kind, count] = _Recorded(
                 record(self.device, step.launches[:first], placed) if first else None,
                 step.embedded,
-                record(self.device, step.launches[first:layers], placed),
+                record(self.device, step.launches[first:own], placed),
+                record(self.device, step.launches[own:layers], placed) if own < layers else None,
                 record(self.device, step.launches[layers:], placed),
                 hidden,
                 hidden_out,
@@ -368,9 +379,9 @@ class Runner:
         """
         return self._advance(lease, count, features).layers
 
-    def _advance(self, lease: Lease, count: int, features: Features) -> _Recorded:
+    def _advance(self, lease: Lease, count: int, features: Features, *, whole: bool = False) -> _Recorded:
         """Do what `chunk` does; return the whole step."""
-        start, recorded = lease.computed, self._chunk(lease, count)
+        start, recorded = lease.computed, self._chunk(lease, count, whole)
         self._write_chunk(lease, start, count)
         if recorded.embedding:
             self.device.submit([recorded.embedding])
@@ -381,6 +392,7 @@ class Runner:
     def _write_chunk(self, lease: Lease, start: int, count: int) -> None:
         """Write down where a chunk stands, and its tokens."""
         self._write_state("prompt state", lease, start, count)
+        self._write_state("last state", lease, start + count - 1, 1)
         # What is looked up for a soft token is of no use.
         tokens = lease.ids[start : start + count]
         ids = np.maximum(np.array(tokens, np.int64), 0).astype(np.uint32)
@@ -423,7 +435,8 @@ class Runner:
         """Make what `finish` submits without a mask ready, and return it."""
         recorded = self._advance(lease, count, features)
         self.device.write(self._own["prompt sampling"], draw.words())
-        return [recorded.layers, recorded.head, self._sample_program("prompt state", "prompt sampling", 1)]
+        layers = [recorded.layers, recorded.last] if recorded.last else [recorded.layers]
+        return [*layers, recorded.head, self._sample_program("prompt state", "prompt sampling", 1)]
 
     # Steps of one token.
 
@@ -541,7 +554,7 @@ class Runner:
         ]
         hidden, some, logits, state = buffers
         try:
-            recorded = self._advance(lease, count, features)
+            recorded = self._advance(lease, count, features, whole=True)
             keep = record(self.device, [recorded.hidden], recorded.placed | {recorded.hidden_out: hidden})
             step: Step = ChunkStep(self._around, state, self._own["prompt tokens"], n)
             if count == 1:

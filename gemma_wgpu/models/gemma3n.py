@@ -465,6 +465,8 @@ class Gemma3n(LanguageModel):
         inputs = step.per_layer_inputs(context, rows, self.per_layer_norm, scale=scale)
         streams, added = altup.begin(step, x, step.compute(step.linear(self.projections, x))), None
         for index, layer in enumerate(self.layers):
+            if index == config.own_layers:
+                step, streams, added, inputs = step.last_tokens(streams, added, inputs)
             streams, x = altup.predict(step, layer.altup, streams, added)
             u = step.compute(step.norm(x, layer.input_layernorm))
             low = step.linear(layer.laurel_right, step.compute(step.linear(layer.laurel_left, u)))

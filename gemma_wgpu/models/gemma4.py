@@ -317,6 +317,8 @@ class Gemma4(LanguageModel):
         scale = config.hidden_size_per_layer_input**0.5
         inputs = step.per_layer_inputs(context, rows, self.per_layer_norm, scale=scale)
         for index, layer in enumerate(self.layers):
+            if index == config.own_layers:
+                step, x, inputs = step.last_tokens(x, inputs)
             h = step.linear(layer.qkv_proj, step.norm(x, layer.input_layernorm), "qkv")
             h = step.linear(layer.o_proj, step.attention(layer.attention, h))
             x = step.add(x, step.norm(h, layer.post_attention_layernorm))

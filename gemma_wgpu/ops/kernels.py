@@ -298,6 +298,10 @@ class Kernels:
         constants = {"WORKGROUP_SIZE": _REDUCE, "LAYERS": layers, "SIZE": size, "SCALE": scale, "EPS": eps}
         return self._launch("per_layer_inputs", constants, (state, context, rows, weight, out), layers, max_count)
 
+    def last_row(self, state: Operand, x: Operand, out: Operand, *, size: int) -> Launch:
+        """Copy the vector of a chunk's last token, of `size` numbers."""
+        return self._launch("last_row", {"SIZE": size}, (state, x, out), ceil_div(size, 4 * _REDUCE))
+
     def gated_input(
         self,
         state: Operand,

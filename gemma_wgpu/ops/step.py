@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TypeVarTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from gemma_wgpu.ops.kv_cache import KVCache
 from gemma_wgpu.ops.launch import Launch, Operand, Value
 from gemma_wgpu.ops.linear import HostTable, Linear, Part
 from gemma_wgpu.ops.rope import Rope, RopeTables
+
+Ts = TypeVarTuple("Ts")
 
 # GeGLU's product can pass the range of float16 before the down projection; this power of two keeps it inside.
 _GEGLU_SCALE = 2.0**-6
@@ -298,6 +301,14 @@ class Step(ABC):
         )
         return out
 
+    def last_tokens(self, *values: *Ts) -> tuple[Step, *Ts]:
+        """Go on with the last token of each sequence alone, if nobody wants to know more of this step.
+
+        The layers from here on may then have no keys and values of their own. Returns the step of those tokens, and
+        `values` (Value, Sum or Normed) of them alone.
+        """
+        return self, *values
+
     @abstractmethod
     def attention(self, attention: Attention, qkv: Value | Product) -> Value:
         """Return what the heads gather, (count, heads * head_dim), and write keys and values to the cache.
@@ -479,15 +490,51 @@ class ChunkStep(Step):
     """Takes up to `count` tokens of one sequence through the layers.
 
     `reach` is for chunks that have soft tokens: u32 (count,), the last token of the chunk that each token sees in
-    layers that are two-way.
+    layers that are two-way. `last` is a State for the last token alone, which is to be given if nobody wants to know
+    more than the logits after that token. The last token's own launches are those from `own_launches` on.
     """
 
+    own_launches: int | None = None
+
     def __init__(
-        self, around: Surroundings, states: Buffer, tokens: Buffer, count: int, reach: Buffer | None = None
+        self,
+        around: Surroundings,
+        states: Buffer,
+        tokens: Buffer,
+        count: int,
+        reach: Buffer | None = None,
+        *,
+        last: Buffer | None = None,
     ) -> None:
         super().__init__(around, states, tokens, count, half=around.kernels.half)
         self._reach = reach
+        self._last = last
+        self._last_step: TokenStep | None = None
         self._chunks: dict[int, _Chunk] = {}
+
+    def last_tokens(self, *values: *Ts) -> tuple[Step, *Ts]:
+        """Go on with the chunk's last token alone, if nobody wants to know more."""
+        if self._last is None:
+            return self, *values
+        for cache, chunk in self._chunks.items():
+            if chunk.uses < self.around.caches.specs[cache].layers:
+                self._write_cache(cache, chunk)
+        self.own_launches = len(self.launches)
+        self._last_step = TokenStep(self.around, self._last, self.tokens, by_slot=False)
+        self._last_step.launches = self.launches
+        return self._last_step, *cast("tuple[*Ts]", tuple(map(self._of_last, values)))
+
+    def _of_last(self, x: object) -> object:
+        """Return a value, a sum or a norm of the last token alone."""
+        if isinstance(x, Normed):
+            return Normed(cast("Value | Sum", self._of_last(x.x)), x.norm)
+        if isinstance(x, Sum) and x.value is None:
+            return Sum(cast("Value", self._of_last(x.x)), cast("Normed", self._of_last(x.y)), x.factor)
+        value = x.value if isinstance(x, Sum) else x
+        assert isinstance(value, Value) and value.itemsize == 4
+        out = Value(value.label, 1, value.size, scale=value.scale)
+        self.launch(self.around.kernels.last_row(self.states, value, out, size=value.size))
+        return out
 
     def _embed(self, part: Part, out: Value, scale: float, vocabulary: int) -> None:
         self.launch(
@@ -586,16 +633,30 @@ class ChunkStep(Step):
         )
         # This comes after all attentions to the cache: until then a ring holds the window before the chunk.
         if chunk.uses == caches.specs[attention.cache].layers:
-            self.launch(
-                kernels.cache_write(
-                    self.states, keys, values, *cache, size=keys.size, ring=shape.ring, max_count=self.count
-                )
-            )
+            self._write_cache(attention.cache, chunk)
         return out
+
+    def _write_cache(self, cache: int, chunk: _Chunk) -> None:
+        caches = self.around.caches
+        self.launch(
+            self.around.kernels.cache_write(
+                self.states,
+                chunk.keys,
+                chunk.values,
+                caches.keys(cache),
+                caches.values(cache),
+                size=chunk.keys.size,
+                ring=caches.ring_of(cache),
+                max_count=self.count,
+            )
+        )
 
     def logits(self, x: Normed, head: Linear, out: Buffer) -> None:
         """Write the logits after the last token of the chunk."""
-        _last_logits(self, x, head, out)
+        if self._last_step:
+            self._last_step.logits(x, head, out)
+        else:
+            _last_logits(self, x, head, out)
 
 
 class TokenStep(Step):

@@ -74,10 +74,10 @@ async def cancelled(url: str) -> None:
     await asyncio.sleep(0.5)
 
 
-async def generate(url: str, prompt: list[int], options: list[dict[str, Any]]) -> str:
+async def generate(url: str, prompt: list[int], options: list[dict[str, Any]], table: str = "auto") -> str:
     """Return the ids of a Generation for each of `options`, as JSON."""
     ids = []
-    with await gemma_wgpu.load_async(url) as gemma:
+    with await gemma_wgpu.load_async(url, per_layer_table=table) as gemma:
         for chosen in options:
             generation = gemma.generate(prompt, **chosen)
             pieces = [piece.text async for piece in generation]

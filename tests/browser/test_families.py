@@ -12,6 +12,7 @@ import gemma_wgpu
 from gemma_wgpu.weights.convert import convert
 from gemma_wgpu.weights.opening import open_checkpoint
 from tests.browser.conftest import Chromium
+from tests.browser.test_store import HIDE_CACHES, HIDE_FILES, without
 from tests.reference.families import CONFIGS, IDS, write
 from tests.reference.random_1b import write_tokenizer
 
@@ -32,8 +33,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return work / "model"
 
 
-def test_tokens_are_the_native_ones(chromium: Chromium, url: str, folder: Path) -> None:
-    code = f"from tests.browser.inside import generate; await generate({url!r}, {PROMPT!r}, {OPTIONS!r})"
+@pytest.mark.parametrize("table", ["gpu", "host"])
+def test_tokens_are_the_native_ones(chromium: Chromium, url: str, folder: Path, table: str) -> None:
+    code = f"from tests.browser.inside import generate; await generate({url!r}, {PROMPT!r}, {OPTIONS!r}, {table!r})"
     found = json.loads(chromium.run(code))
     with gemma_wgpu.load(folder, precision="f32") as gemma:
         generations = [gemma.generate(PROMPT, **options) for options in OPTIONS]
@@ -41,3 +43,16 @@ def test_tokens_are_the_native_ones(chromium: Chromium, url: str, folder: Path) 
             generation.result()
     assert found == [generation.ids for generation in generations]
     assert len({token for ids in found for token in ids}) > 4
+
+
+@pytest.mark.parametrize("hidden", [(HIDE_FILES,), (HIDE_FILES, HIDE_CACHES)], ids=["in a cache", "in memory"])
+def test_rows_of_shards_that_are_no_files(
+    chromium: Chromium, url: str, folder: Path, hidden: tuple[str, ...]
+) -> None:
+    call = f"await generate({url!r}, {PROMPT!r}, {OPTIONS[:1]!r}, 'host')"
+    with without(chromium, *hidden):
+        found = json.loads(chromium.run(f"from tests.browser.inside import generate; {call}"))
+    with gemma_wgpu.load(folder, precision="f32") as gemma:
+        expected = gemma.generate(PROMPT, **OPTIONS[0])
+        expected.result()
+    assert found == [expected.ids]
