@@ -30,7 +30,8 @@ from gemma_wgpu.ops.kv_cache import Lease
 from gemma_wgpu.ops.tuner import tuned
 from gemma_wgpu.options import OptionFields, Options, check_count
 from gemma_wgpu.progress import OnProgress, Progress
-from gemma_wgpu.tokens.chat import Message, text_with_images
+from gemma_wgpu.tokens.chat import text_with_images
+from gemma_wgpu.tokens.messages import Message
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.weights.checkpoint import Weights
 from gemma_wgpu.weights.upload import Upload
@@ -685,6 +686,11 @@ def _keeping(per_layer_table: str, info: AdapterInfo) -> Sequence[bool]:
     return (per_layer_table == "host",)
 
 
+def keeps_table(per_layer_table: str, info: AdapterInfo) -> bool:
+    """Say whether a table stays on the host though there is memory. Raises RequestError for an unknown place."""
+    return _keeping(per_layer_table, info)[0]
+
+
 def expected_bytes(
     adapter: Adapter, weights: Weights, *, half: bool, context_length: int, per_layer_table: str = "auto"
 ) -> dict[str, int]:
@@ -692,19 +698,7 @@ def expected_bytes(
 
     Raises DeviceError if a buffer is over the adapter's limits.
     """
-    keeping = _keeping(per_layer_table, adapter.info)
-    for keep_table in keeping:
-        try:
-            return _expected_bytes(adapter, weights, half, context_length, keep_table)
-        except DeviceError:
-            if keep_table is keeping[-1]:
-                raise
-    raise AssertionError("one way is the last")
-
-
-def _expected_bytes(
-    adapter: Adapter, weights: Weights, half: bool, context_length: int, keep_table: bool
-) -> dict[str, int]:
+    keep_table = keeps_table(per_layer_table, adapter.info)
     ledger = Ledger(adapter)
     upload = Upload(ledger, weights, lambda _: None, empty=True, keep_table=keep_table)
     model = ledger.wait(weights.family.load(weights.config, upload))

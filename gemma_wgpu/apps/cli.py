@@ -38,6 +38,7 @@ from gemma_wgpu.gemma import (
     TABLE_PLACES,
     checked_context_length,
     expected_bytes,
+    keeps_table,
 )
 from gemma_wgpu.gpu.native import native_adapters
 from gemma_wgpu.models.keys import listed
@@ -684,7 +685,7 @@ def inspect(model: str, context_length: int | None, per_layer_table: str) -> Non
                 **{f"{use.tensors} matrices": _layout_use(use) for use in summary.matrices},
                 **({"tower": _tower_use(summary.tower)} if summary.tower else {}),
                 "in the file": f"{summary.file_bytes:,} bytes",
-                "on the GPU": f"{summary.nbytes:,} bytes, {summary.bits_per_weight:.2f} bits a weight "
+                "for the GPU": f"{summary.nbytes:,} bytes, {summary.bits_per_weight:.2f} bits a weight "
                 "outside the embedding",
             },
         )
@@ -707,7 +708,9 @@ def inspect(model: str, context_length: int | None, per_layer_table: str) -> Non
                 continue
             total = sum(sizes.values())
             rows[precision] = f"{total:,} bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    _table(f"On {adapter.info} at a context of {context_length}", rows)
+    place = "host" if keeps_table(per_layer_table, adapter.info) else "GPU"
+    table = f", with the per-layer table on the {place}" if summary.lookup else ""
+    _table(f"On {adapter.info} at a context of {context_length}{table}", rows)
 
 
 def _layout_use(use: LayoutUse) -> str:

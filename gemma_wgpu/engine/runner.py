@@ -197,7 +197,8 @@ class Runner:
         """Make the memory for the largest steps, so that what the model takes is known before it runs."""
         lease = self.cache.lease([], 0)
         chunk = self.prefill_chunk
-        steps: tuple[Step, ...] = self._chunk_step(chunk), self._chunk_step(chunk, whole=True)
+        # The one that needs most comes first, since the others then find room in its memory.
+        steps: tuple[Step, ...] = self._chunk_step(chunk, whole=True), self._chunk_step(chunk)
         for step in (*steps, self._token_step(prompt=False)):
             self._logits(step, self.model.forward(step))
             self._scratch.place(step.launches)
