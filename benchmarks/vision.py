@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.make_random import write_tensors
 from gemma_wgpu import Gemma, load
-from gemma_wgpu.engine.prompt import Image
+from gemma_wgpu.engine.prompt import Medium
 from gemma_wgpu.models.gemma3 import Gemma3Config, tensors
 from gemma_wgpu.models.spec import Kind, TensorSpec
 
@@ -98,9 +98,9 @@ def theirs(folder: Path, pixels: NDArray[np.float32]) -> tuple[NDArray[np.float3
 
 def report_kernels(gemma: Gemma, pixels: NDArray[np.float32]) -> None:
     """Print the seconds of the tower's kernels on the GPU."""
-    encoder = gemma.runner.encoder
+    encoder = gemma.runner.encoders["image"]
     assert encoder is not None
-    encoding = encoder.begin(Image(pixels, -1))
+    encoding = encoder.begin(Medium(pixels, -1))
     times = gemma.device.wait(gemma.device.profile(encoding.programs))
     totals: dict[str, float] = defaultdict(float)
     for launch, seconds in zip(encoding.launches, times, strict=True):
@@ -126,9 +126,9 @@ def main() -> None:
             start = time.perf_counter()
             features = gemma.image_features(pixels, progress=lambda p: print(f"\r{p.done}/{p.total}", end=""))
             seconds = time.perf_counter() - start
-            encoder = gemma.runner.encoder
+            encoder = gemma.runner.encoders["image"]
             assert encoder is not None
-            encoding = encoder.begin(Image(pixels, -1))
+            encoding = encoder.begin(Medium(pixels, -1))
             print(
                 f"\r{gemma.device.info}, {gemma.precision}: {seconds:.1f} s, {len(encoding.launches)} dispatches, "
                 f"{encoding.scratch_bytes / 1e6:.0f} MB beside the weights"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gemma_wgpu import html, pictures
 from gemma_wgpu.engine import session
 from gemma_wgpu.engine.generation import Generation, Generations
-from gemma_wgpu.engine.prompt import Image, Prompt, runs
+from gemma_wgpu.engine.prompt import Medium, Prompt, runs
 from gemma_wgpu.engine.request import Request
 from gemma_wgpu.engine.runner import PREFILL_CHUNK, Features, Runner
 from gemma_wgpu.engine.scheduler import Scheduler, ended_by
@@ -278,7 +278,7 @@ class Gemma:
             prompt = text_with_images(self.tokenizer, prompt, self._seeing().tokens, crops)
         return Prompt(prompt, found)
 
-    def _images(self, sources: Sequence[object], pan_and_scan: bool) -> tuple[list[Image], list[int]]:
+    def _images(self, sources: Sequence[object], pan_and_scan: bool) -> tuple[list[Medium], list[int]]:
         """Return all images that are read, crops among them, and how many crops each source has."""
         images, crops = [], []
         for source in sources:
@@ -287,7 +287,7 @@ class Gemma:
                 source = fetch_picture(source, private=True)
             whole = pictures.normalized(source, size)
             views = [whole] if whole is not None else pictures.views(source, size, pan_and_scan=pan_and_scan)
-            images += [Image(pixels, pictures.key(pixels)) for pixels in views]
+            images += [Medium(pixels, pictures.key(pixels)) for pixels in views]
             crops.append(len(views) - 1)
         return images, crops
 
@@ -316,12 +316,12 @@ class Gemma:
         return (await self._features(Prompt((), [found]), None, progress))[found.key]
 
     async def _features(self, prompt: Prompt, lease: Lease | None, progress: OnProgress | None = None) -> Features:
-        """Return the features of a prompt's images, but not of those that the cache has seen."""
-        encoder, left = self.runner.encoder, prompt.images
+        """Return the features of a prompt's images and sounds, but not of those that the cache has seen."""
+        encoders, left = self.runner.encoders, prompt.media
         if lease is not None:
             keys = set(lease.ids[lease.computed :])
-            left = [image for image in left if image.key in keys]
-        return {image.key: await encoder.encode(image, progress) for image in left} if encoder else {}
+            left = [medium for medium in left if medium.key in keys]
+        return {medium.key: await encoders[medium.noun].encode(medium, progress) for medium in left}
 
     def request(
         self, prompt: str | Sequence[int] | Prompt, options: Options, *, progress: OnProgress | None = None
@@ -332,7 +332,7 @@ class Gemma:
         if options.logprobs is not None:
             check_count("logprobs", options.logprobs, 0, self.config.vocab_size - 1)
         matcher = None if options.constraint is None else self._grammars.matcher(options.constraint)
-        return Request(self.tokenizer, ids, options, self.context_length, matcher, prompt.images, progress)
+        return Request(self.tokenizer, ids, options, self.context_length, matcher, prompt.media, progress)
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -446,7 +446,7 @@ class Gemma:
         scores = np.einsum("qhd,khd->hqk", q, k, optimize=True)  # the queries are scaled already
         query, key = np.arange(length)[:, None], np.arange(length)
         last = query.copy()
-        for start, stop in runs(checked) if shape.two_way else ():
+        for start, stop in runs(np.less(checked, 0)) if shape.two_way else ():
             last[start:stop] = stop - 1
         scores[:, (key > last) | (query - key >= (shape.window or length))] = -np.inf
         shares: NDArray[np.float32] = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -502,16 +502,17 @@ class Gemma:
     def _checked(self, prompt: Prompt) -> list[int]:
         """Return the ids of a prompt as the runner takes them, with keys in the place of images."""
         self._check_open()
-        ids, tokens = prompt.ids, self.vision.tokens if self.vision else None
+        ids, towers = prompt.ids, self.runner.model.towers
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise RequestError(f"a prompt is a text or a list of token ids, not {type(ids).__name__}")
         vocab = self.config.vocab_size
-        soft = (tokens.soft,) if tokens else ()  # which may be outside of the vocabulary
+        # The towers' own ids may be outside of the vocabulary.
+        special = {token for tower in towers.values() for token in (tower.tokens.soft, *tower.hard)}
         checked = [
-            int(token) if isinstance(token, int | np.integer) and token in soft else self.tokenizer.checked(token)
+            int(token) if isinstance(token, int | np.integer) and token in special else self.tokenizer.checked(token)
             for token in ids
         ]
-        foreign = [token for token in checked if token >= vocab and token not in soft]
+        foreign = [token for token in checked if token >= vocab and token not in special]
         if foreign:
             raise RequestError(f"token id {max(foreign)} is outside the model's vocabulary of {vocab}")
         if not checked:
@@ -522,7 +523,7 @@ class Gemma:
                 f"shorten it, or load the model with a longer one (it can have "
                 f"{self.config.max_position_embeddings:,})"
             )
-        return Prompt(checked, prompt.images).keyed(tokens, self.runner.prefill_chunk)
+        return Prompt(checked, prompt.media).keyed(towers, self.runner.prefill_chunk)
 
 
 def _is_batch(prompt: object) -> bool:
@@ -671,6 +672,8 @@ async def _loaded(
             drawable=tokenizer.vocab_size,
             host_table=upload.host_table,
         )
+        for encoder in runner.encoders.values():
+            await encoder.start()
     except DeviceError as error:
         needed = f"{weights.name} has {total / 1e6:,.0f} MB of weights to hold on the GPU"
         raise DeviceError(f"{str(error).rstrip('.')} ({needed})") from error
@@ -732,8 +735,8 @@ def _half(precision: str, device: Device) -> bool:
 
 
 def _prefill_chunk(wanted: int, context_length: int, model: LanguageModel) -> int:
-    """Return the most tokens that are computed at once, which those of an image always are."""
-    return min(max(wanted, model.vision.tokens.count if model.vision else 0), context_length)
+    """Return the most tokens that are computed at once, which those of an image or a sound always are."""
+    return min(max(wanted, *(tower.tokens.count for tower in model.towers.values()), 0), context_length)
 
 
 def _int8(activations: str) -> bool:

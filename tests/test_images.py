@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from gemma_wgpu import Gemma, load
 from gemma_wgpu.engine.encoder import Encoder
-from gemma_wgpu.engine.prompt import Image, Prompt, runs
+from gemma_wgpu.engine.prompt import Medium, Prompt, runs
 from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.models.spec import VisionModel
 from gemma_wgpu.ops.kv_cache import Ring, Stored
@@ -37,7 +37,7 @@ def model() -> Iterator[Gemma]:
 def gemma(model: Gemma) -> Gemma:
     """A model that has seen nothing."""
     model.reset()
-    encoder = model.runner.encoder
+    encoder = model.runner.encoders["image"]
     assert encoder is not None
     encoder.forget()
     return model
@@ -128,8 +128,8 @@ def test_a_cut_is_never_inside_an_image() -> None:
 
 
 def test_runs() -> None:
-    assert runs([1, -5, -5, 2, -6]) == [(1, 3), (4, 5)]
-    assert runs([]) == runs([1, 2]) == []
+    assert runs(np.array([False, True, True, False, True])) == [(1, 3), (4, 5)]
+    assert runs(np.zeros(0, np.bool_)) == runs(np.zeros(2, np.bool_)) == []
 
 
 def test_sessions_keep_images(gemma: Gemma, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_sessions_keep_images(gemma: Gemma, tmp_path: Path) -> None:
     cold = answer(gemma, ids, [A])
     gemma.save_session(path)
     gemma.reset()
-    encoder = gemma.runner.encoder
+    encoder = gemma.runner.encoders["image"]
     assert encoder is not None
     encoder.forget()
     restored = gemma.load_session(path)
@@ -155,10 +155,10 @@ def test_sessions_keep_images(gemma: Gemma, tmp_path: Path) -> None:
 
 
 def test_features_are_kept_as_long_as_there_is_room(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = gemma.runner.encoder
+    encoder = gemma.runner.encoders["image"]
     assert isinstance(encoder, Encoder)
     features = GOLDEN.features[0]
-    images = [Image(A, -number) for number in range(1, 5)]
+    images = [Medium(A, -number) for number in range(1, 5)]
     monkeypatch.setattr("gemma_wgpu.engine.encoder.KEPT_BYTES", 2 * features.nbytes)
     encoder.keep(images[0], features)
     encoder.keep(images[1], features)
@@ -170,9 +170,9 @@ def test_features_are_kept_as_long_as_there_is_room(gemma: Gemma, monkeypatch: p
 def test_the_memory_of_an_encoding_is_freed(gemma: Gemma) -> None:
     gemma.image_features(A)
     before = gemma.device.allocated
-    encoder = gemma.runner.encoder
+    encoder = gemma.runner.encoders["image"]
     assert encoder is not None
-    encoding = encoder.begin(Image(B, -1))
+    encoding = encoder.begin(Medium(B, -1))
     assert gemma.device.allocated - before >= encoding.scratch_bytes > 0
     encoding.close()
     encoding.close()

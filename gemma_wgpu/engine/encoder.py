@@ -1,4 +1,4 @@
-"""Images on their way through the tower that reads them."""
+"""Images and sounds on their way through the towers that read them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.engine.prompt import Image
+from gemma_wgpu.engine.prompt import Medium
 from gemma_wgpu.gpu.device import Buffer, Device
-from gemma_wgpu.models.spec import VisionModel
+from gemma_wgpu.models.spec import Tower
 from gemma_wgpu.ops.encoder import EncoderStep
 from gemma_wgpu.ops.kernels import Kernels
 from gemma_wgpu.ops.launch import Launch, record
@@ -19,36 +19,37 @@ from gemma_wgpu.ops.scratch import Scratch
 from gemma_wgpu.ops.step import Norms
 from gemma_wgpu.progress import OnProgress, Progress
 
-KEPT_BYTES = 64 << 20  # of the features of images that were encoded last
+KEPT_BYTES = 64 << 20  # of the features of what a tower encoded last
 
 Bytes = NDArray[np.uint8]
 
 
 class Encoder:
-    """A tower on a device. It remembers the features of the images that it encoded last, in the host's memory."""
+    """A tower on a device. It remembers the features of what it encoded last, in the host's memory."""
 
-    def __init__(self, device: Device, kernels: Kernels, norms: Norms, vision: VisionModel) -> None:
-        self.vision = vision
+    def __init__(self, device: Device, kernels: Kernels, norms: Norms, tower: Tower) -> None:
+        self.tower = tower
         self._device, self._kernels, self._norms = device, kernels, norms
         self._kept: OrderedDict[int, NDArray[np.float32]] = OrderedDict()
+        self.hard: dict[int, NDArray[np.float32]] = {}
 
-    def features(self, image: Image) -> NDArray[np.float32] | None:
-        """Return the features of an image, float32 (tokens, hidden size), if it was encoded lately."""
-        if image.key in self._kept:
-            self._kept.move_to_end(image.key)
-        return self._kept.get(image.key)
+    def features(self, medium: Medium) -> NDArray[np.float32] | None:
+        """Return the features of an image or a sound, float32 (tokens, hidden size), if it was encoded lately."""
+        if medium.key in self._kept:
+            self._kept.move_to_end(medium.key)
+        return self._kept.get(medium.key)
 
-    def begin(self, image: Image) -> Encoding:
-        """Encode an image. Raises DeviceError if the GPU's memory is exhausted."""
-        return Encoding(self, image, self._device, self._kernels, self._norms)
+    def begin(self, medium: Medium) -> Encoding:
+        """Encode an image or a sound. Raises DeviceError if the GPU's memory is exhausted."""
+        return Encoding(self, medium, self._device, self._kernels, self._norms)
 
-    async def encode(self, image: Image, progress: OnProgress | None = None) -> NDArray[np.float32]:
-        """Return the features of an image, which is encoded if need be."""
-        features, lock = self.features(image), self._device.lock
+    async def encode(self, medium: Medium, progress: OnProgress | None = None) -> NDArray[np.float32]:
+        """Return the features of an image or a sound, which is encoded if need be."""
+        features, lock = self.features(medium), self._device.lock
         if features is not None:
             return features
         with lock:
-            encoding = self.begin(image)
+            encoding = self.begin(medium)
         try:
             while features is None:
                 with lock:
@@ -63,33 +64,54 @@ class Encoder:
                 encoding.close()
         return features
 
-    def keep(self, image: Image, features: NDArray[np.float32]) -> None:
-        """Remember the features of an image, and forget those of the images that were used longest ago."""
-        self._kept[image.key] = features
+    def keep(self, medium: Medium, features: NDArray[np.float32]) -> None:
+        """Remember the features of something, and forget those that were used longest ago."""
+        self._kept[medium.key] = features
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
 
+    async def start(self) -> None:
+        """Compute the vectors of the ids that are the tower's own, which `hard` has then by id.
+
+        Raises DeviceError if the GPU's memory is exhausted.
+        """
+        if not self.tower.hard:
+            return
+        step, scratch = EncoderStep(self._device, self._kernels, self._norms), Scratch(self._device)
+        try:
+            with self._device.lock:
+                out = self.tower.hard_rows(step)
+                placed = scratch.place(step.launches)
+                reading = self._device.read(
+                    placed[out], 0, out.nbytes, after=[record(self._device, step.launches, placed)]
+                )
+            rows = (await reading).view(np.float32).reshape(len(self.tower.hard), -1)
+        finally:
+            scratch.close()
+            step.close()
+        self.hard = dict(zip(self.tower.hard, rows, strict=True))
+
     def forget(self) -> None:
-        """Forget the features of all images."""
+        """Forget all features."""
         self._kept.clear()
 
 
 class Encoding:
-    """An image on its way: `steps` programs, to be submitted one after the other.
+    """An image or a sound on its way: `steps` programs, to be submitted one after the other.
 
-    Its programs and their memory, which is large, last until it is closed: images are rare, and the language model
-    has the memory to itself between them.
+    Its programs and their memory, which is large, last until it is closed: such things are rare, and the language
+    model has the memory to itself between them.
     """
 
-    def __init__(self, encoder: Encoder, image: Image, device: Device, kernels: Kernels, norms: Norms) -> None:
+    def __init__(self, encoder: Encoder, medium: Medium, device: Device, kernels: Kernels, norms: Norms) -> None:
         self.submitted = self.done = 0
-        self.image = image
+        self.medium = medium
         self._encoder, self._device = encoder, device
-        patches = encoder.vision.patches(image.pixels)
+        patches = encoder.tower.patches(medium.data)
         self._step = EncoderStep(device, kernels, norms, *patches.shape)
         self._scratch = Scratch(device)
         try:
-            out = encoder.vision.forward(self._step)
+            out = encoder.tower.forward(self._step)
             placed = self._scratch.place(self._step.launches)
             self._out: Buffer = placed[out]
             self._size = out.nbytes
@@ -110,7 +132,7 @@ class Encoding:
     @property
     def progress(self) -> Progress:
         """Return how far it is."""
-        return Progress("reading the image", self.done, self.steps, "steps")
+        return Progress(f"reading the {self.medium.noun}", self.done, self.steps, "steps")
 
     @property
     def scratch_bytes(self) -> int:
@@ -134,8 +156,8 @@ class Encoding:
         self.done += 1
         if self.done < self.steps:
             return None
-        features = data.view(np.float32).reshape(self._encoder.vision.tokens.count, -1)
-        self._encoder.keep(self.image, features)
+        features = data.view(np.float32).reshape(self._encoder.tower.tokens.count, -1)
+        self._encoder.keep(self.medium, features)
         self.close()
         return features
 

@@ -1,69 +1,83 @@
-"""Prompts: token ids, and the images whose soft tokens are among them."""
+"""Prompts: token ids, and the images and sounds whose soft tokens are among them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import RequestError
-from gemma_wgpu.tokens.chat import ImageTokens
+from gemma_wgpu.models.spec import Tower
 
 
 @dataclass(frozen=True, eq=False)
-class Image:
-    """An image that a prompt has: float32 pixels (3, image_size, image_size), normalised.
+class Medium:
+    """An image or a sound that a prompt has, as its tower takes it.
 
-    `key` is a negative number that tells its content.
+    An image has float32 pixels (3, image_size, image_size), normalised, and a sound has float32 log-mel features
+    (frames, 128). `key` is a negative number that tells its content. `noun` is "image" or "sound".
     """
 
-    pixels: NDArray[np.float32]
+    data: NDArray[np.float32]
     key: int
+    noun: str = "image"
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Token ids with the soft tokens of images in place, and these images in their order."""
+    """Token ids with the soft tokens of images and sounds in place, and these in their order."""
 
     ids: Sequence[int]
-    images: Sequence[Image] = ()
+    media: Sequence[Medium] = ()
 
-    def keyed(self, tokens: ImageTokens | None, most: int) -> list[int]:
-        """Return the ids with an image's key in the place of each of its soft tokens.
+    def keyed(self, towers: Mapping[str, Tower], most: int) -> list[int]:
+        """Return the ids with the key of an image or a sound in the place of each of its soft tokens.
 
-        So what is reused of the cache depends on what an image shows. Raises RequestError if there are not as many
-        soft tokens as the images have, or if images that stand side by side have more than `most`.
+        So what is reused of the cache depends on what an image shows. `towers` are the model's, by what they read.
+        Raises RequestError if there are not as many soft tokens as the images and sounds have, or if those that stand
+        side by side have more than `most`.
         """
         ids = list(self.ids)
-        if tokens is None:
-            return ids
-        soft = [index for index, token in enumerate(ids) if token == tokens.soft]
-        if len(soft) != len(self.images) * tokens.count:
-            raise RequestError(
-                f"the prompt has {len(soft):,} soft tokens of images (id {tokens.soft}), and its {len(self.images)} "
-                f"images have {len(self.images) * tokens.count:,}: each has {tokens.count}"
-            )
-        for number, index in enumerate(soft):
-            ids[index] = self.images[number // tokens.count].key
-        for start, stop in runs(ids):
-            if (stop - start) % tokens.count:
-                raise RequestError(
-                    f"{stop - start:,} soft tokens of images stand side by side at index {start}; an image has "
-                    f"{tokens.count}"
-                )
+        for noun, tower in towers.items():
+            self._put_keys(ids, noun, tower.tokens.soft, tower.tokens.count)
+        for start, stop in runs(np.less(ids, 0)):
             if stop - start > most:
                 raise RequestError(
-                    f"images with {stop - start:,} tokens stand side by side, more than the prefill_chunk of "
-                    f"{most:,}, in which they are computed at once; put text between them or load the model with a "
-                    "longer one"
+                    f"{_nouns(towers)} with {stop - start:,} tokens stand side by side, more than the prefill_chunk "
+                    f"of {most:,}, in which they are computed at once; put text between them or load the model with "
+                    "a longer one"
                 )
         return ids
 
+    def _put_keys(self, ids: list[int], noun: str, token: int, count: int) -> None:
+        """Put the keys of all images, or of all sounds, into the places of their soft tokens."""
+        media = [medium for medium in self.media if medium.noun == noun]
+        is_soft = np.equal(ids, token)
+        soft = np.flatnonzero(is_soft).tolist()
+        if len(soft) != len(media) * count:
+            raise RequestError(
+                f"the prompt has {len(soft):,} soft tokens of {noun}s (id {token}), and its {len(media)} {noun}s "
+                f"have {len(media) * count:,}: each has {count}"
+            )
+        for start, stop in runs(is_soft):
+            if (stop - start) % count:
+                article = "an" if noun == "image" else "a"
+                raise RequestError(
+                    f"{stop - start:,} soft tokens of {noun}s stand side by side at index {start}; {article} {noun} "
+                    f"has {count}"
+                )
+        for number, index in enumerate(soft):
+            ids[index] = media[number // count].key
 
-def runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Return where images stand in `ids`: (start, stop) of each run of keys, which are negative."""
-    soft = np.concatenate(([False], np.less(ids, 0), [False]))
+
+def _nouns(towers: Mapping[str, Tower]) -> str:
+    return " and ".join(f"{noun}s" for noun in towers)
+
+
+def runs(places: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return (start, stop) of each run of places that are true."""
+    soft = np.concatenate(([False], places, [False]))
     edges = np.flatnonzero(soft[1:] != soft[:-1])
     return [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]

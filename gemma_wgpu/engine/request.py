@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.engine.prompt import Image
+from gemma_wgpu.engine.prompt import Medium
 from gemma_wgpu.engine.runner import Draw, Mask
 from gemma_wgpu.engine.structured import Matcher
 from gemma_wgpu.options import Options
@@ -136,12 +136,12 @@ class Request:
         options: Options,
         context_length: int,
         matcher: Matcher | None = None,
-        images: Sequence[Image] = (),
+        media: Sequence[Medium] = (),
         progress: OnProgress | None = None,
     ) -> None:
         self.prompt = list(prompt)
-        self.images = {image.key: image for image in images}
-        self.progress = progress  # of the encoding of images
+        self.media = {medium.key: medium for medium in media}
+        self.progress = progress  # of the encoding of images and sounds
         self.options = options
         self.draw = Draw(options, options.drawn_seed())
         room = context_length - len(prompt) + 1

@@ -53,7 +53,7 @@ _SMALLEST = 2.0**-126  # that a GPU's float32 tells from 0
 
 Bytes = NDArray[np.uint8]
 Features = Mapping[int, NDArray[np.float32]]
-"""The features of images, float32 (tokens, hidden size), by the keys of the images."""
+"""The features of images and sounds, float32 (tokens, hidden size), by their keys."""
 NO_FEATURES: Features = {}
 
 Mask = Callable[[], NDArray[np.uint32]]
@@ -112,9 +112,9 @@ class Runner:
     """A model on a device, with the cache of its sequences and all buffers that do not depend on the weights.
 
     `half` is F16 mode, `int8` rounds prompts' activations to 8 bits; `context_length` and `prefill_chunk` are in
-    tokens. Only token ids below `drawable` can be drawn. `encoder` reads images, if the model can. `host_table` is
-    the model's table that stays off the GPU, if one does: then `lookup` must have the rows of a step's tokens before
-    the step is submitted. Raises DeviceError if the GPU's memory is exhausted.
+    tokens. Only token ids below `drawable` can be drawn. `encoders` read images and sounds, if the model can.
+    `host_table` is the model's table that stays off the GPU, if one does: then `lookup` must have the rows of a
+    step's tokens before the step is submitted. Raises DeviceError if the GPU's memory is exhausted.
     """
 
     def __init__(
@@ -143,7 +143,10 @@ class Runner:
         self._ropes = RopeTables(device, model.ropes, context_length)
         self._norms = Norms(device)
         self._scratch = Scratch(device)
-        self.encoder = Encoder(device, self.kernels, self._norms, model.vision) if model.vision else None
+        self.encoders = {
+            noun: Encoder(device, self.kernels, self._norms, tower) for noun, tower in model.towers.items()
+        }
+        self._hard = {token for tower in model.towers.values() for token in tower.hard}
         self.lookup = Lookup(host_table, 2 * prefill_chunk + _LOOKUP_ROWS) if host_table else None
         self._around = Surroundings(self.kernels, self._norms, self._ropes, self.cache, int8)
         self._steps: dict[tuple[str, int], _Recorded] = {}
@@ -167,7 +170,7 @@ class Runner:
             ("last state", _STATE_BYTES),
             ("prompt sampling", 4 * _SAMPLING_WORDS),
             ("prompt tokens", 4 * self.prefill_chunk),
-            *([("reach", 4 * self.prefill_chunk)] if self.encoder else []),
+            *([("reach", 4 * self.prefill_chunk)] if self.encoders else []),
             *([("rows", max(self.prefill_chunk, rows) * self.lookup.row_bytes)] if self.lookup else []),
             ("states", rows * _STATE_BYTES),
             ("batch state", _STATE_BYTES),
@@ -264,12 +267,16 @@ class Runner:
         """
         start = lease.computed
         self._reserve(lease, start + count)
-        images = any(token < 0 for token in lease.ids[start : start + count])
+        images = any(map(self._is_foreign, lease.ids[start : start + count]))
         if count == 1 and not images:
             return self._recorded("token", 1, self._token_step(prompt=True))
         size = self._chunk_size(count)
         kind = ("whole " if whole else "") + ("image chunk" if images else "chunk")
         return self._recorded(kind, size, self._chunk_step(size, images=images, whole=whole))
+
+    def _is_foreign(self, token: int) -> bool:
+        """Say whether a tower has the vector of a token: one of an image, of a sound, or of its own."""
+        return token < 0 or token in self._hard
 
     def _batch(self, count: int) -> _Recorded:
         """Return what takes one token of each of `count` sequences through the layers."""
@@ -350,7 +357,7 @@ class Runner:
         return lease
 
     def next_count(self, lease: Lease) -> int:
-        """Return how many tokens of a sequence the next chunk is for: it ends between two images."""
+        """Return how many tokens of a sequence the next chunk is for: it ends in no image and no sound."""
         ids, start = lease.ids, lease.computed
         stop = min(start + self.prefill_chunk, len(ids))
         while stop < len(ids) and ids[stop - 1] < 0 and ids[stop] < 0:
@@ -376,7 +383,7 @@ class Runner:
     def chunk(self, lease: Lease, count: int, features: Features = NO_FEATURES) -> Program:
         """Make the next `count` tokens of a sequence, at most `prefill_chunk`, ready; return what computes them.
 
-        `features` are those of the images among them, by key.
+        `features` are those of the images and sounds among them, by key.
         """
         return self._advance(lease, count, features).layers
 
@@ -394,22 +401,30 @@ class Runner:
         """Write down where a chunk stands, and its tokens."""
         self._write_state("prompt state", lease, start, count)
         self._write_state("last state", lease, start + count - 1, 1)
-        # What is looked up for a soft token is of no use.
+        # What is looked up for a soft token has no use.
         tokens = lease.ids[start : start + count]
         ids = np.maximum(np.array(tokens, np.int64), 0).astype(np.uint32)
         self.device.write(self._own["prompt tokens"], ids)
         self._write_lookup(tokens)
 
     def _write_features(self, ids: Sequence[int], features: Features, embedded: Buffer) -> None:
-        """Put images' features into the place of embeddings, and write down which tokens see each other."""
-        assert self.encoder is not None
-        reach = np.arange(len(ids), dtype=np.uint32)
-        for start, stop in runs(ids):
+        """Put the towers' vectors into the place of embeddings, and write down which tokens see each other."""
+        reach, row_bytes = np.arange(len(ids), dtype=np.uint32), 4 * self.model.head.cols
+        for start, stop in runs(np.less(ids, 0)):
             reach[start:stop] = stop - 1
-            for first in range(start, stop, self.encoder.vision.tokens.count):
+            first = start
+            while first < stop:
                 rows = features[ids[first]]
-                self.device.write(embedded, rows, 4 * first * rows.shape[1])
+                self.device.write(embedded, rows, first * row_bytes)
+                first += len(rows)
         self.device.write(self._own["reach"], reach)
+        for index, token in enumerate(ids):
+            if token in self._hard:
+                self.device.write(embedded, self._hard_row(token), index * row_bytes)
+
+    def _hard_row(self, token: int) -> NDArray[np.float32]:
+        [row] = [encoder.hard[token] for encoder in self.encoders.values() if token in encoder.hard]
+        return row
 
     def prefill(self, lease: Lease, count: int, features: Features = NO_FEATURES) -> Awaitable[object]:
         """Compute the next `count` tokens of a sequence, at most `prefill_chunk`; wait until that is so."""
@@ -587,7 +602,7 @@ class Runner:
         count = len(lease.ids)
         self._reserve(lease, count)
         self._current()
-        own, images = self._own, any(token < 0 for token in lease.ids)
+        own, images = self._own, any(map(self._is_foreign, lease.ids))
         reach = own["reach"] if images else None
         step = _Probe(self._around, own["prompt state"], own["prompt tokens"], count, layer, reach)
         found = step.run(self.model)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.engine.encoder import Encoding
-from gemma_wgpu.engine.prompt import Image
+from gemma_wgpu.engine.prompt import Medium
 from gemma_wgpu.engine.request import Request
 from gemma_wgpu.engine.runner import Mask, Row, Runner
 from gemma_wgpu.errors import DeviceError, RequestError
@@ -50,14 +50,14 @@ class _Running:
 
 @dataclass(eq=False)
 class _Prompt:
-    """A text whose prompt is on its way: first its images, one by one, and then the chunks of its tokens.
+    """A text whose prompt is on its way: first its images and sounds, one by one, and then the chunks of its tokens.
 
-    `left` are the images that have no `features` yet, and `encoding` is the one of them that is on its way.
+    `left` are those that have no `features` yet, and `encoding` is the one of them that is on its way.
     """
 
     request: Request
     lease: Lease
-    left: deque[Image] = field(default_factory=deque)
+    left: deque[Medium] = field(default_factory=deque)
     features: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     encoding: Encoding | None = None
 
@@ -75,7 +75,7 @@ class _Step:
     texts: list[_Running]
     reading: Awaitable[object]
     logits: dict[int, Awaitable[Bytes]] = field(default_factory=dict)
-    encoding: Encoding | None = None  # an image's, if this is a step of it
+    encoding: Encoding | None = None  # if this is a step of it
     rows: list[int] | None = None  # of a table that stays off the GPU, if this fetches them
 
 
@@ -215,19 +215,19 @@ class Scheduler:
         request.begin()
         request.stats.reused_tokens = lease.reused
         keys = dict.fromkeys(token for token in request.prompt[lease.computed :] if token < 0)
-        return _Prompt(request, lease, deque(request.images[key] for key in keys))
+        return _Prompt(request, lease, deque(request.media[key] for key in keys))
 
     def _encode(self, prompt: _Prompt) -> None:
-        """Submit the next step of an image's encoding, or begin with the next image."""
-        encoder, encoding = self.runner.encoder, prompt.encoding
-        assert encoder is not None
+        """Submit the next step of an image's or a sound's encoding, or begin with the next one."""
+        encoding = prompt.encoding
         if encoding is None:
-            image = prompt.left.popleft()
-            features = encoder.features(image)
+            medium = prompt.left.popleft()
+            encoder = self.runner.encoders[medium.noun]
+            features = encoder.features(medium)
             if features is not None:
-                prompt.features[image.key] = features
+                prompt.features[medium.key] = features
                 return
-            prompt.encoding = encoding = encoder.begin(image)
+            prompt.encoding = encoding = encoder.begin(medium)
             prompt.request.stats.encoded_images += 1
         if encoding.submitted < encoding.steps:
             self._steps.append(_Step([prompt.request], [], encoding.submit(), encoding=encoding))
@@ -352,7 +352,7 @@ class Scheduler:
             return
         features = encoding.receive(data)
         if features is not None:
-            prompt.features[encoding.image.key] = features
+            prompt.features[encoding.medium.key] = features
             prompt.encoding = None
         if prompt.request.progress:
             prompt.request.progress(encoding.progress)

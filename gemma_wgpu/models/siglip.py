@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gemma_wgpu.models.keys import MOST_LAYERS, Keys, shown
 from gemma_wgpu.models.spec import Kind, Loader, TensorSpec, VisionModel
 from gemma_wgpu.ops.encoder import EncoderStep, LayerNorm
@@ -234,7 +237,7 @@ class Siglip(VisionModel):
 
     def __init__(self, config: SiglipConfig) -> None:
         self.config, self.tokens = config, config.tokens
-        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.image_size = config.image_size
 
     @classmethod
     async def load(cls, config: SiglipConfig, loader: Loader, *, eps: float) -> Siglip:
@@ -267,6 +270,11 @@ class Siglip(VisionModel):
         model.projection = await loader.linear(_PROJECTION)
         return model
 
+    def patches(self, data: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the patches of an image (3, image_size, image_size), row by row: (grid^2, 3 * patch_size^2)."""
+        grid, size = self.config.grid, self.config.patch_size
+        return data.reshape(3, grid, size, grid, size).transpose(1, 3, 0, 2, 4).reshape(grid * grid, -1)
+
     def forward(self, step: EncoderStep) -> Value:
         """Take an image's patches through the layers and the projector (Gemma 3 report, section 2)."""
         heads, scale = self.config.num_attention_heads, self.config.head_dim**-0.5
@@ -278,5 +286,5 @@ class Siglip(VisionModel):
             x = step.add(x, step.linear(layer.fc2, step.gelu(h)))
             step.pause()
         h = step.layer_norm(x, self.post_layernorm, half=False)
-        h = step.average_pool(h, self.grid // math.isqrt(self.tokens.count))
+        h = step.average_pool(h, self.config.grid // math.isqrt(self.tokens.count))
         return step.linear(self.projection, step.rms_norm(h, self.soft_norm))

@@ -30,8 +30,9 @@ class Kind(Enum):
     - NORM: what a norm multiplies by. NORM_PLUS_ONE: the same less 1 in Hugging Face's files, and with the 1 in
       GGUF's.
     - BIAS: what is added to a matrix's product. TABLE: vectors, a row each, that are added to others.
-    - CONVOLUTION: the weights of patches that do not overlap, (rows, channels, height, width): a matrix, with a
-      patch's pixels as its columns.
+    - CONVOLUTION: the weights of a convolution, (rows, channels, height, width): a matrix, with the pixels that a
+      row sees as its columns. DEPTHWISE: those of a convolution of each channel by itself, (channels, 1, height,
+      width).
     """
 
     MATRIX = "matrix"
@@ -42,6 +43,7 @@ class Kind(Enum):
     BIAS = "bias"
     TABLE = "table"
     CONVOLUTION = "convolution"
+    DEPTHWISE = "depthwise"
 
     @property
     def is_matrix(self) -> bool:
@@ -147,39 +149,50 @@ class Loader(Protocol):
     async def vectors(self, *names: str) -> Operand:
         """Load what is no matrix, float32 and one after the other, by their names in the table."""
 
+    async def depthwise(self, name: str) -> Operand:
+        """Load a convolution of each channel by itself, float32 (height * width, channels), by its name in the table."""
 
-class VisionModel(ABC):
-    """A tower that reads images: pixels in, and out come the vectors that take the place of an image's soft tokens.
 
-    An image has `image_size` x `image_size` pixels of three colours, and the tower reads it in patches of
-    `patch_size` x `patch_size`. `tokens` says how an image stands in a prompt.
+class Tower(ABC):
+    """What reads images or sounds: out come the vectors that take the place of a thing's soft tokens.
+
+    `tokens` says how such a thing stands in a prompt. The ids `hard` have vectors of the tower's, too, instead of the
+    language model's embeddings.
     """
 
-    image_size: int
-    patch_size: int
     tokens: ImageTokens
+    hard: range = range(0)
 
-    @property
-    def grid(self) -> int:
-        """Return the patches along a side."""
-        return self.image_size // self.patch_size
-
-    def patches(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the patches of an image (3, image_size, image_size), row by row: (grid^2, 3 * patch_size^2)."""
-        grid, size = self.grid, self.patch_size
-        return pixels.reshape(3, grid, size, grid, size).transpose(1, 3, 0, 2, 4).reshape(grid * grid, -1)
+    @abstractmethod
+    def patches(self, data: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return what `forward` begins with: float32 (count, size)."""
 
     @abstractmethod
     def forward(self, step: EncoderStep) -> Value:
-        """Take an image's patches through the layers; return float32 (tokens.count, hidden size of the text)."""
+        """Take patches through the layers; return float32 (tokens.count, hidden size of the text)."""
+
+    def hard_rows(self, step: EncoderStep) -> Value:
+        """Return the vectors of the ids `hard`, float32 (len(hard), hidden size of the text)."""
+        raise NotImplementedError  # by towers without such ids
+
+
+class VisionModel(Tower):
+    """A tower that reads images, of `image_size` x `image_size` pixels of three colours: (3, size, size).
+
+    The pixels have the mean `mean` and the deviation `deviation` if black is 0 and white is 1.
+    """
+
+    image_size: int
+    mean = 0.5
+    deviation = 0.5
 
 
 class LanguageModel(ABC):
     """A model with its weights: token ids in, logits out.
 
     `caches` says which caches of keys and values its layers have, `ropes` which rotations, and `head` turns the last
-    norm into logits, which stay inside of [-softcap, softcap] if there is one. `vision` reads images, if the model
-    can.
+    norm into logits, which stay inside of [-softcap, softcap] if there is one. `vision` reads images and `audio`
+    sounds, if the model can.
     """
 
     caches: Sequence[CacheSpec]
@@ -187,6 +200,13 @@ class LanguageModel(ABC):
     head: Linear
     softcap: float | None = None
     vision: VisionModel | None = None
+    audio: Tower | None = None
+
+    @property
+    def towers(self) -> dict[str, Tower]:
+        """Return what reads things that are no text, by what these are called: "image" and "sound"."""
+        towers = {"image": self.vision, "sound": self.audio}
+        return {noun: tower for noun, tower in towers.items() if tower}
 
     @abstractmethod
     def forward(self, step: Step) -> Normed:
@@ -205,6 +225,7 @@ class Family:
     - prefixes: what the tensors' names begin with in other files than the plain ones, and what is meant.
     - unread: the tensors of a configuration that files may hold though nobody reads them.
     - ignored: what the names of tensors begin with that a configuration may do without.
+    - constants: tensors of GGUF files, by their names there, whose values follow from the configuration.
     - sliced: the configuration of a smaller model in a larger one, and what its tensors are there, by name.
     - text_only: the configuration without what reads images.
     - with_projector: the configuration together with that of a GGUF file (its metadata, its path) which has the tower
@@ -221,6 +242,7 @@ class Family:
     prefixes: Mapping[str, str] = field(default_factory=dict)
     unread: Callable[[Any], list[TensorSpec]] = lambda config: []
     ignored: tuple[str, ...] = ()
+    constants: Callable[[Any], Mapping[str, NDArray[np.float32]]] = lambda config: {}
     sliced: Callable[[Any, MatFormerSlice], tuple[Any, Mapping[str, Cut]]] | None = None
     text_only: Callable[[Any], Any] = lambda config: config
     with_projector: Callable[[Any, Mapping[str, object], str], Any] | None = None

@@ -42,17 +42,17 @@ class Added:
 
 
 class EncoderStep:
-    """Writes the launches of an encoder's forward pass down, for `count` patches of `size` pixels.
+    """Writes the launches of an encoder's forward pass down, for `count` patches of `size` numbers.
 
     `patches` is what the pass begins with: (count, size, rounded up to a multiple of 32), half. `pauses` are the
     numbers of launches after which the host may look up.
     """
 
-    def __init__(self, device: Device, kernels: Kernels, norms: Norms, count: int, size: int) -> None:
+    def __init__(self, device: Device, kernels: Kernels, norms: Norms, count: int = 0, size: int = 0) -> None:
         self.launches: list[Launch] = []
         self.pauses: list[int] = []
         self._device, self.kernels, self._norms = device, kernels, norms
-        self._states: dict[int, Buffer] = {}
+        self._states: dict[tuple[int, int], Buffer] = {}
         self.patches = self.activation("patches", count, -(-size // BLOCK) * BLOCK)
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class EncoderStep:
             state.destroy()
 
     def linear(self, matrix: Linear, x: Value) -> Value:
-        """Return W x + bias, float32 (count, rows)."""
+        """Return W x + bias, float32 (count, rows). `x` is half or float32."""
         out = Value("encoded", x.rows, matrix.rows)
         for part in matrix.parts:
             self.launch(
@@ -74,6 +74,7 @@ class EncoderStep:
                     scale=matrix.scale / x.scale,
                     bias=matrix.bias,
                     max_count=x.rows,
+                    half=x.itemsize == 2,
                 )
             )
         return out
@@ -107,13 +108,15 @@ class EncoderStep:
         x.computed = True
         return out
 
-    def rms_norm(self, x: Value, norm: Norm) -> Value:
-        """Return the RMSNorm of `x`."""
-        kernels, size = self.kernels, len(norm.weight)
-        out = self.activation("normed", x.rows, size)
+    def rms_norm(self, x: Operand, norm: Norm, *, rows: int | None = None, half: bool = True) -> Value:
+        """Return the RMSNorm of `x`. It is float32 in F16 mode too unless `half`; `rows` are those of a buffer."""
+        kernels, size, half = self.kernels, len(norm.weight), half and self.kernels.half
+        count = x.rows if isinstance(x, Value) else rows
+        assert count is not None
+        out = Value("normed", count, size, 2 if half else 4)
         self.launch(
             kernels.rms_norm(
-                self.state(x.rows),
+                self.state(count),
                 x,
                 kernels.unread,
                 self._norms.pair(None, norm),
@@ -121,7 +124,8 @@ class EncoderStep:
                 size=size,
                 eps=norm.eps,
                 add=False,
-                max_count=x.rows,
+                max_count=count,
+                half=half,
             )
         )
         return out
@@ -172,9 +176,13 @@ class EncoderStep:
         """Return a new value, (rows, size), half; it is `scale` times what it stands for."""
         return Value(label, rows, size, 2 if self.kernels.half else 4, scale)
 
-    def state(self, count: int) -> Buffer:
-        """Return the struct State of shaders/state.wgsl for tokens 0 to count - 1, which lie in no ring."""
-        if count not in self._states:
-            words = np.array([0, count, 0, 0, 0, 1, 0, 1], np.uint32)
-            self._states[count] = self._device.upload(words, "state of an encoder")
-        return self._states[count]
+    def weights(self, norm: Norm) -> Buffer:
+        """Return a norm's weights on the GPU: the first n of float32 (2, n)."""
+        return self._norms.pair(norm, None)
+
+    def state(self, count: int, first: int = 0) -> Buffer:
+        """Return the struct State of shaders/state.wgsl for `count` tokens from `first` on, in no ring."""
+        if (count, first) not in self._states:
+            words = np.array([first, count, 0, 0, 0, 1, 0, 1], np.uint32)
+            self._states[count, first] = self._device.upload(words, "state of an encoder")
+        return self._states[count, first]
