@@ -19,6 +19,7 @@ from gemma_wgpu.engine.request import Request
 from gemma_wgpu.engine.runner import PREFILL_CHUNK, Features, Runner
 from gemma_wgpu.engine.scheduler import Scheduler, ended_by
 from gemma_wgpu.engine.structured import Grammars
+from gemma_wgpu.engine.thoughts import Thoughts, wants
 from gemma_wgpu.errors import ContextError, DeviceError, RequestError
 from gemma_wgpu.fetch.hub import open_model
 from gemma_wgpu.fetch.pictures import fetch_picture
@@ -195,6 +196,7 @@ class Gemma:
         self,
         messages: str | Sequence[Message],
         *,
+        thinking: str = ...,
         pan_and_scan: bool = ...,
         progress: OnProgress | None = ...,
         options: Options | None = ...,
@@ -206,6 +208,7 @@ class Gemma:
         self,
         messages: list[str] | list[list[Message]],
         *,
+        thinking: str = ...,
         pan_and_scan: bool = ...,
         progress: OnProgress | None = ...,
         options: Options | None = ...,
@@ -217,6 +220,7 @@ class Gemma:
         self,
         messages: str | Sequence[Message] | list[str] | list[list[Message]],
         *,
+        thinking: str = "off",
         pan_and_scan: bool = False,
         progress: OnProgress | None = None,
         options: Options | None = None,
@@ -228,23 +232,36 @@ class Gemma:
         Roles are "system" (first only), "user" and "assistant", by turns. A user's content may have images; see
         `chat_prompt`, which `pan_and_scan` is for too. Options, results and errors are those of `generate`; a
         RequestError also names a message that is out of order.
+
+        A Gemma 4 thinks before it answers if `thinking` is "show" or "hide": what it thinks is part of the text, or is
+        not; `Generation.answer` and `thought` have the one without the other. `max_new_tokens` counts its thoughts,
+        but `stop` and `constraint` are for its answer. A RequestError says so if the model does not think.
         """
         if _is_batch(messages):
             chats = cast("list[str | list[Message]]", messages)
-            prompts: Any = [self.chat_prompt(chat, pan_and_scan=pan_and_scan) for chat in chats]
+            prompts: Any = [
+                self.chat_prompt(chat, thinking=thinking, pan_and_scan=pan_and_scan) for chat in chats
+            ]
         else:
-            prompts = self.chat_prompt(cast("str | Sequence[Message]", messages), pan_and_scan=pan_and_scan)
+            chat = cast("str | Sequence[Message]", messages)
+            prompts = self.chat_prompt(chat, thinking=thinking, pan_and_scan=pan_and_scan)
         return self.generate(prompts, progress=progress, options=options, batch_size=batch_size, **fields)
 
-    def chat_ids(self, messages: str | Sequence[Message], *, crops: Sequence[int] = ()) -> list[int]:
+    def chat_ids(
+        self, messages: str | Sequence[Message], *, thinking: str = "off", crops: Sequence[int] = ()
+    ) -> list[int]:
         """Return the ids of the prompt that `chat` makes of messages, in which image i has `crops[i]` crops.
 
         No image is opened. Raises RequestError as `chat` does.
         """
         tokens = self.vision.tokens if self.vision else None
-        return self.family.chat.encode(self.tokenizer, _messages(messages), images=tokens, crops=crops)
+        return self.family.chat.encode(
+            self.tokenizer, _messages(messages), thinking=wants(thinking), images=tokens, crops=crops
+        )
 
-    def chat_prompt(self, messages: str | Sequence[Message], *, pan_and_scan: bool = False) -> Prompt:
+    def chat_prompt(
+        self, messages: str | Sequence[Message], *, thinking: str = "off", pan_and_scan: bool = False
+    ) -> Prompt:
         """Return the prompt that `chat` makes of messages.
 
         A part of a user's content may be {"type": "image"} with one of "image" (a PIL image, a numpy array or the
@@ -254,9 +271,10 @@ class Gemma:
         """
         messages = _messages(messages)
         sources = self.family.chat.images(messages)
-        self.chat_ids(messages)  # what is wrong with the messages is said before images are read
+        self.chat_ids(messages, thinking=thinking)  # what is wrong with the messages is said before images are read
         images, crops = self._images(sources, pan_and_scan)
-        return Prompt(self.chat_ids(messages, crops=crops), images)
+        thoughts = Thoughts.of(self.family.chat, self.tokenizer, thinking)
+        return Prompt(self.chat_ids(messages, thinking=thinking, crops=crops), images, thoughts)
 
     def prompt(
         self, prompt: str | Sequence[int] | Prompt, images: Iterable[object] = (), *, pan_and_scan: bool = False
@@ -282,11 +300,10 @@ class Gemma:
         """Return all images that are read, crops among them, and how many crops each source has."""
         images, crops = [], []
         for source in sources:
-            size = self._seeing().image_size
+            vision = self._seeing()
             if isinstance(source, str) and source.startswith(("http://", "https://")):
                 source = fetch_picture(source, private=True)
-            whole = pictures.normalized(source, size)
-            views = [whole] if whole is not None else pictures.views(source, size, pan_and_scan=pan_and_scan)
+            views = vision.views(source, pan_and_scan=pan_and_scan)
             images += [Medium(pixels, pictures.key(pixels)) for pixels in views]
             crops.append(len(views) - 1)
         return images, crops
@@ -332,7 +349,9 @@ class Gemma:
         if options.logprobs is not None:
             check_count("logprobs", options.logprobs, 0, self.config.vocab_size - 1)
         matcher = None if options.constraint is None else self._grammars.matcher(options.constraint)
-        return Request(self.tokenizer, ids, options, self.context_length, matcher, prompt.media, progress)
+        return Request(
+            self.tokenizer, ids, options, self.context_length, matcher, prompt.media, progress, prompt.thoughts
+        )
 
     @cached_property
     def _grammars(self) -> Grammars:

@@ -79,8 +79,10 @@ def opened(source: object, *, files: bool = True) -> Image:
     raise RequestError(f"{_PICTURE} is of type {type(source).__name__}; give {_TAKEN}")
 
 
-def prepared(image: Image, size: int) -> NDArray[np.float32]:
-    """Return the pixels of an image of mode RGB, float32 of shape (3, size, size), from -1 (black) to 1 (white).
+def prepared(image: Image, size: int, *, mean: float = 0.5, deviation: float = 0.5) -> NDArray[np.float32]:
+    """Return the pixels of an image of mode RGB, float32 of shape (3, size, size).
+
+    They are (c - mean) / deviation, where c is 0 for black and 1 for white.
 
     The image is resized straight to a square, whatever its shape, with Pillow's bilinear filter, and rounded to 256
     levels. The values equal those of the reference's processor that uses Pillow, if both have the same Pillow. They
@@ -91,7 +93,7 @@ def prepared(image: Image, size: int) -> NDArray[np.float32]:
 
     square = image.resize((size, size), Resampling.BILINEAR)
     levels = np.asarray(square, dtype=np.float32).transpose(2, 0, 1)
-    return np.ascontiguousarray((levels / 255 - 0.5) / 0.5)
+    return np.ascontiguousarray((levels / 255 - mean) / deviation)
 
 
 def crops(image: Image, *, min_crop: int = 256, max_crops: int = 4, ratio: float = 1.2) -> list[Image]:
@@ -120,14 +122,23 @@ def crops(image: Image, *, min_crop: int = 256, max_crops: int = 4, ratio: float
     return [image.crop((0, start, width, end)) for start, end in ranges]
 
 
-def views(source: object, size: int, *, pan_and_scan: bool = False, files: bool = True) -> list[NDArray[np.float32]]:
+def views(
+    source: object,
+    size: int,
+    *,
+    mean: float = 0.5,
+    deviation: float = 0.5,
+    pan_and_scan: bool = False,
+    files: bool = True,
+) -> list[NDArray[np.float32]]:
     """Return the pixels of a picture, (3, size, size), and with `pan_and_scan` those of its crops after it.
 
-    `source` and `files` are as in `opened`. Raises RequestError as it does.
+    `source` and `files` are as in `opened`, and `mean` and `deviation` as in `prepared`. Raises RequestError as
+    `opened` does.
     """
     picture = opened(source, files=files)
     parts = crops(picture) if pan_and_scan else []
-    return [prepared(each, size) for each in (picture, *parts)]
+    return [prepared(each, size, mean=mean, deviation=deviation) for each in (picture, *parts)]
 
 
 def normalized(source: object, size: int) -> NDArray[np.float32] | None:

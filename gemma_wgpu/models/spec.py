@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu import pictures
 from gemma_wgpu.ops.encoder import EncoderStep, LayerNorm
 from gemma_wgpu.ops.kv_cache import CacheSpec
 from gemma_wgpu.ops.launch import Operand, Value
@@ -150,7 +151,7 @@ class Loader(Protocol):
         """Load what is no matrix, float32 and one after the other, by their names in the table."""
 
     async def depthwise(self, name: str) -> Operand:
-        """Load a convolution of each channel by itself, float32 (height * width, channels), by its name in the table."""
+        """Load a convolution of each channel by itself, by its name: float32 (height * width, channels)."""
 
 
 class Tower(ABC):
@@ -185,6 +186,24 @@ class VisionModel(Tower):
     image_size: int
     mean = 0.5
     deviation = 0.5
+
+    def views(self, source: object, *, pan_and_scan: bool = False, files: bool = True) -> list[NDArray[np.float32]]:
+        """Return the pixels of a picture as `patches` takes them, and with `pan_and_scan` those of its crops.
+
+        `source` is one of those that `pictures.opened` takes, or has the pixels already. Raises RequestError if it
+        cannot be read.
+        """
+        whole = pictures.normalized(source, self.image_size)
+        if whole is not None:
+            return [whole]
+        return pictures.views(
+            source,
+            self.image_size,
+            mean=self.mean,
+            deviation=self.deviation,
+            pan_and_scan=pan_and_scan,
+            files=files,
+        )
 
 
 class LanguageModel(ABC):

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu import pictures
 from gemma_wgpu.engine.prompt import Prompt
 from gemma_wgpu.errors import ContextError, RequestError
 from gemma_wgpu.fetch.pictures import fetch_picture
@@ -139,7 +138,7 @@ class Images:
         """Return the pixels of a picture, and those of its crops."""
         vision = self._gemma.vision
         assert vision is not None  # else an image was refused
-        return pictures.views(source, vision.image_size, pan_and_scan=self._pan_and_scan, files=False)
+        return vision.views(source, pan_and_scan=self._pan_and_scan, files=False)
 
     def _placed(self, messages: Messages, ids: list[int], views: Sequence[Sequence[NDArray[np.float32]]]) -> Prompt:
         """Return the prompt with the images in it, and with their crops, which `ids` lack."""
