@@ -233,15 +233,13 @@ class Gemma:
         `chat_prompt`, which `pan_and_scan` is for too. Options, results and errors are those of `generate`; a
         RequestError also names a message that is out of order.
 
-        A Gemma 4 thinks before it answers if `thinking` is "show" or "hide": what it thinks is part of the text, or is
-        not; `Generation.answer` and `thought` have the one without the other. `max_new_tokens` counts its thoughts,
-        but `stop` and `constraint` are for its answer. A RequestError says so if the model does not think.
+        A Gemma 4 thinks before it answers if `thinking` is "show", and its thoughts are part of the text, or "hide",
+        and they are not. `Generation.answer` has the text without them, and `thought` has them alone. They count in
+        `max_new_tokens`, but `stop` and `constraint` are for the answer. Other models raise RequestError.
         """
         if _is_batch(messages):
             chats = cast("list[str | list[Message]]", messages)
-            prompts: Any = [
-                self.chat_prompt(chat, thinking=thinking, pan_and_scan=pan_and_scan) for chat in chats
-            ]
+            prompts: Any = [self.chat_prompt(chat, thinking=thinking, pan_and_scan=pan_and_scan) for chat in chats]
         else:
             chat = cast("str | Sequence[Message]", messages)
             prompts = self.chat_prompt(chat, thinking=thinking, pan_and_scan=pan_and_scan)

@@ -12,7 +12,8 @@ import pytest
 import tokenizers
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.tokens.chat import GEMMA3, ImageTokens, Message, text_with_images
+from gemma_wgpu.tokens.chat import GEMMA3, ImageTokens, text_with_images
+from gemma_wgpu.tokens.messages import Message
 from gemma_wgpu.tokens.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
 from tests.vocabulary import Vocabulary, golden, random_text, read_vocabulary, rust_ids, rust_tokenizer
 

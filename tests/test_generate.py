@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gemma_wgpu import Gemma, Generation, Piece, RequestError, load
 from gemma_wgpu.models.gemma3 import Gemma3Config
 from gemma_wgpu.options import Options
-from gemma_wgpu.tokens.chat import Message
+from gemma_wgpu.tokens.messages import Message
 from tests.table import EMBEDDING
 from tests.tiny import (
     BOS,

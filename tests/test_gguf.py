@@ -537,7 +537,10 @@ def test_impossible_alignment(alignment: int, tiny: Callable[..., Path]) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "gpt2"}, "tokenizer.ggml.model is not llama"),
+        (
+            {"tokenizer.ggml.model": "gpt2"},
+            "tokenizer.ggml.model is 'gpt2'; Gemma's vocabularies are llama and gemma4",
+        ),
         ({"tokenizer.ggml.scores": None}, "tokenizer.ggml.scores or token_type is missing"),
         ({"tokenizer.ggml.token_type": "abc"}, "tokenizer.ggml.scores or token_type is missing"),
         ({"tokenizer.ggml.scores": [0.5]}, "there are 96 tokens, 1 scores"),

@@ -142,7 +142,7 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_foreign_tokenizer_json(change: str, tmp_path: Path) -> None:
     content = small_tokenizer_json()
     FOREIGN[change](content)
-    with pytest.raises(ModelError, match=r"tokenizer\.json: it does not split text as Gemma 3's"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json: it does not split text as Gemma's"):
         read(tmp_path, content)
 
 

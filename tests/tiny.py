@@ -1,7 +1,7 @@
 """Tiny Gemma 3 models, and the logits that the Gemma 3 report gives them: the architecture once more, in numpy."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gemma_wgpu.models.gemma3 import Gemma3Config
 from tests.checkpoints import Raw, blocks, gguf_metadata, gguf_tensors, write_gguf, write_hf
 from tests.table import EMBEDDING, gguf_name, matrix_shapes, norm_shapes
-from tests.vocabulary import CONTROL, Vocabulary, tokenizer_json
+from tests.vocabulary import CONTROL, SPECIAL, Vocabulary, tokenizer_json
 
 Weights = dict[str, NDArray[np.float32]]
 """By Hugging Face's names; norms are what they multiply by."""
@@ -97,12 +97,20 @@ def scripted_weights(config: Gemma3Config, scripts: Sequence[Sequence[int]]) -> 
     return weights
 
 
-def write_folder(folder: Path, hf: Mapping[str, object], weights: Weights, *, plus_one: bool = True) -> Path:
+def write_folder(
+    folder: Path,
+    hf: Mapping[str, object],
+    weights: Weights,
+    vocabulary: Vocabulary | None = None,
+    special: Container[str] = SPECIAL,
+    *,
+    plus_one: bool = True,
+) -> Path:
     """A Hugging Face model folder in float32; `plus_one` says that it has norms less 1."""
     stored = {name: ("float32", values - (plus_one and values.ndim == 1)) for name, values in weights.items()}
     write_hf(folder, hf, {name: (kind, values.astype(np.float32)) for name, (kind, values) in stored.items()})
-    vocabulary = Vocabulary(PIECES, -np.arange(len(PIECES), dtype=np.float32), np.array(TYPES, np.int32))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary)))
+    tiny = Vocabulary(PIECES, -np.arange(len(PIECES), dtype=np.float32), np.array(TYPES, np.int32))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary or tiny, special)))
     return folder
 
 

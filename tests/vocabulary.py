@@ -1,7 +1,7 @@
 """Gemma 3's tokenizer.json made again from the vocabulary in a GGUF file, and text to try tokenizers on."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -52,16 +52,12 @@ def rust_ids(rust: tokenizers.Tokenizer, text: str, control: bool = True) -> lis
     return ids
 
 
-def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the tokenizer.json that Hugging Face's conversion makes.
+def merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Return the merges that Hugging Face's conversion makes.
 
-    Its merges are all splits of a piece into two pieces, sorted by score, left length and right length, the highest
-    first.
+    They are all splits of a piece into two pieces, sorted by score, left length and right length, the highest first.
     """
-    pieces = [
-        piece.replace(" ", "▁") if kind == USER_DEFINED else piece
-        for piece, kind in zip(vocabulary.pieces, vocabulary.types.tolist(), strict=True)
-    ]
+    pieces = spaced(vocabulary)
     scores = [
         0.0 if kind == USER_DEFINED else score
         for score, kind in zip(vocabulary.scores.tolist(), vocabulary.types.tolist(), strict=True)
@@ -74,6 +70,20 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         if piece[:at] in ids and piece[at:] in ids
     ]
     splits.sort(key=lambda split: split[:3], reverse=True)
+    return [(left, right) for *_, left, right in splits]
+
+
+def spaced(vocabulary: Vocabulary) -> list[str]:
+    """Return the pieces with U+2581 for a space: a GGUF has plain spaces in those that are user-defined."""
+    return [
+        piece.replace(" ", "▁") if kind == USER_DEFINED else piece
+        for piece, kind in zip(vocabulary.pieces, vocabulary.types.tolist(), strict=True)
+    ]
+
+
+def tokenizer_json(vocabulary: Vocabulary, special: Container[str] = SPECIAL) -> dict[str, Any]:
+    """Return the tokenizer.json that Hugging Face's conversion makes, in which these tokens are `special`."""
+    pieces = spaced(vocabulary)
     added = [
         {
             "id": token,
@@ -82,7 +92,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": piece in SPECIAL,
+            "special": piece in special,
         }
         for token, piece in enumerate(pieces)
         if vocabulary.types[token] in (CONTROL, USER_DEFINED)
@@ -117,8 +127,8 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": ids,
-            "merges": [[left, right] for *_, left, right in splits],
+            "vocab": {piece: token for token, piece in enumerate(pieces)},
+            "merges": merges(vocabulary),
         },
     }
 

@@ -28,7 +28,7 @@ STANDARD = "-"  # the name of the standard input or output
 
 Result = dict[str, object]
 
-_FIELDS = {*RANGES, "stop", "response_format", "pan_and_scan"}
+_FIELDS = {*RANGES, "stop", "response_format", "thinking", "pan_and_scan"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Line:
 
     - custom_id: its name, which no other line has.
     - kind: "prompt" or "messages". content: what the line gives under this name.
-    - fields: those of Options, as the line or else the command gives them, response_format and pan_and_scan.
+    - fields: those of Options, as the line or else the command gives them, and response_format, thinking and
+      pan_and_scan.
     """
 
     custom_id: str
@@ -51,6 +52,11 @@ class Line:
         asked = [self.custom_id, self.kind, self.content, self.fields]
         return hashlib.sha256(json.dumps([model, asked], sort_keys=True).encode()).hexdigest()[:32]
 
+    @property
+    def shows_thoughts(self) -> bool:
+        """Say whether its result has what the model thought."""
+        return self.kind == "messages" and self.fields.get("thinking") == "show"
+
     def request(self, gemma: Gemma) -> Request:
         """Return the text that it asks for. Raises RequestError if it asks for something impossible."""
         if isinstance(self.content, list) and any(isinstance(each, str | list) for each in self.content):
@@ -58,11 +64,13 @@ class Line:
             raise RequestError(f"this line has several {several}; give each of them a line of its own")
         fields = dict(self.fields)
         form, pan_and_scan = fields.pop("response_format", None), fields.pop("pan_and_scan", False)
+        thinking = fields.pop("thinking", "off")
         if not isinstance(pan_and_scan, bool):
             raise RequestError(f"pan_and_scan is {pan_and_scan!r}; it must be true or false", option="pan_and_scan")
         options = Options(**fields, constraint=structured.from_response_format(form) if form else None)
         if self.kind == "messages":
-            return gemma.request(gemma.chat_prompt(self.content, pan_and_scan=pan_and_scan), options)
+            prompt = gemma.chat_prompt(self.content, thinking=thinking, pan_and_scan=pan_and_scan)
+            return gemma.request(prompt, options)
         return gemma.request(self.content, options)
 
 
@@ -151,7 +159,8 @@ def _success(gemma: Gemma, line: Line, request: Request) -> Result:
     return {
         "id": line.id(gemma),
         "custom_id": line.custom_id,
-        "text": request.text,
+        "text": request.answer,
+        **({"thought": request.thought} if line.shows_thoughts else {}),
         "seed": request.seed,
         "prompt_tokens": request.stats.prompt_tokens,
         "new_tokens": request.stats.new_tokens,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import gemma_wgpu
 from gemma_wgpu import pictures
 from gemma_wgpu.apps.batch_file import STANDARD, answers, open_results, read_lines
-from gemma_wgpu.apps.conversation import Conversation
+from gemma_wgpu.apps.conversation import Conversation, spoken
 from gemma_wgpu.bench import tables
 from gemma_wgpu.bench.evaluate import evaluate as evaluate_text
 from gemma_wgpu.bench.peers import PEERS
@@ -28,6 +28,7 @@ from gemma_wgpu.bench.run import Load, Report, Shape, check_context, evict, mode
 from gemma_wgpu.bench.run import bench as run_bench
 from gemma_wgpu.engine import structured
 from gemma_wgpu.engine.generation import Generation
+from gemma_wgpu.engine.thoughts import THINKING
 from gemma_wgpu.errors import DeviceError, GemmaError, RequestError
 from gemma_wgpu.fetch.hub import find
 from gemma_wgpu.files import is_full, reason
@@ -157,6 +158,15 @@ _pan_option = click.option(
 )
 
 
+_thinking_option = click.option(
+    "--thinking",
+    type=click.Choice(THINKING),
+    default="off",
+    show_default=True,
+    help="Let a Gemma 4 think before it answers a chat, and show or hide what it thinks.",
+)
+
+
 @dataclass(frozen=True)
 class _Model:
     """The model that a command is for, and how it is loaded."""
@@ -260,6 +270,7 @@ _batch_size_option = click.option(
 @click.argument("prompt")
 @_model_options
 @click.option("--chat", is_flag=True, help="Send the prompt as a message to an instruction-tuned model.")
+@_thinking_option
 @click.option(
     "--image",
     "-f",
@@ -289,6 +300,7 @@ def generate(
     prompt: str,
     model: _Model,
     chat: bool,
+    thinking: str,
     images: tuple[Path, ...],
     pan_and_scan: bool,
     schema: Path | None,
@@ -300,6 +312,8 @@ def generate(
 ) -> None:
     """Continue PROMPT. If PROMPT is "-", read it from the standard input."""
     options = Options(**given, constraint=_constraint(schema, regex, choices))  # it raises before a long load
+    if thinking != "off" and not chat:
+        raise click.UsageError("--thinking is for chats; add --chat")
     if prompt == STANDARD:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         prompt = sys.stdin.read().removesuffix("\n")
@@ -309,7 +323,7 @@ def generate(
         progress = reading.enter_context(_bar(quiet=quiet or not images))
         seen: dict[str, Any] = {"pan_and_scan": pan_and_scan, "progress": progress, "options": options}
         if chat:
-            generation = gemma.chat(message, **seen)
+            generation = gemma.chat(message, thinking=thinking, **seen)
         else:
             if images and _IMAGE not in prompt:
                 prompt = _IMAGE * len(images) + prompt
@@ -326,15 +340,17 @@ def generate(
         if not images:
             begin()
         try:
-            for piece in generation:
+            for text, is_thought in spoken(generation):
                 begin()
                 if not as_json:
-                    click.echo(piece.text, nl=False)
+                    click.echo(click.style(text, dim=True) if is_thought and text else text, nl=False)
         except KeyboardInterrupt:
             generation.stats.finish_reason = "interrupted"
         begin()
         if as_json:
-            result = {"text": generation.text, "ids": generation.ids, "seed": generation.seed}
+            result = {"text": generation.answer, "ids": generation.ids, "seed": generation.seed}
+            if thinking == "show":
+                result["thought"] = generation.thought
             click.echo(json.dumps(result | asdict(generation.stats), ensure_ascii=False))
         else:
             click.echo()
@@ -376,12 +392,14 @@ def _message(text: str, images: Sequence[object]) -> list[dict[str, object]]:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Put this file, a text or an image, in front of the first message. This may be repeated.",
 )
+@_thinking_option
 @_pan_option
 @_sampling_options()
 def chat(
     model: _Model,
     system: str,
     files: tuple[Path, ...],
+    thinking: str,
     pan_and_scan: bool,
     **given: Any,
 ) -> None:
@@ -392,13 +410,14 @@ def chat(
         raise click.ClickException(f"{error.name} is not installed; pip install 'gemma-wgpu[chat]'") from None
     options = Options(**given)
     with model.load() as gemma:
-        Chat(gemma, Conversation(system), options, files, pan_and_scan=pan_and_scan).run()
+        Chat(gemma, Conversation(system), options, files, thinking=thinking, pan_and_scan=pan_and_scan).run()
 
 
 @main.command()
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.argument("out", type=click.Path(dir_okay=False, allow_dash=True))
 @_model_options
+@_thinking_option
 @_pan_option
 @_sampling_options("seed")
 @_batch_size_option
@@ -412,6 +431,7 @@ def batch(
     source: str,
     out: str,
     model: _Model,
+    thinking: str,
     pan_and_scan: bool,
     batch_size: int,
     seed: int,
@@ -421,7 +441,8 @@ def batch(
 
     A line of SOURCE is a JSON object. It has a "custom_id", which no other line has, a "prompt" to continue or the
     "messages" of a chat, and any options that Python's `generate` has, if they differ from those given here. Its line
-    in OUT has the same "custom_id", and a "text" or an "error".
+    in OUT has the same "custom_id", and a "text" or an "error". What the model thought before the answer to a chat is
+    beside it, as "thought", if "thinking" is "show".
 
     A message may have images, as in Python: {"type": "image", "path": "cat.png"} is a part of its content. Its path
     begins in the folder in which the command runs.
@@ -431,7 +452,9 @@ def batch(
     begins anew. The exit status is 1 if any line of OUT has an error.
     """
     Options(**given, seed=seed)  # it raises before a long load
-    lines = read_lines(source, given | ({"pan_and_scan": True} if pan_and_scan else {}), seed)
+    given |= {"pan_and_scan": True} if pan_and_scan else {}
+    given |= {"thinking": thinking} if thinking != "off" else {}
+    lines = read_lines(source, given, seed)
     with open_results(out) as results, model.load() as gemma:
         missing = results.missing(gemma, lines)
         with tqdm(

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma_wgpu.engine.request import Piece
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.files import reason, replacing
-from gemma_wgpu.tokens.chat import Message
+from gemma_wgpu.tokens.messages import Message
 
 Turn = dict[str, Any]
 """A message. Its content is a text or, if it is the user's and has images, a list of texts and of paths of images."""
 
 Encode = Callable[[Sequence[Message]], Sequence[int]]
 """This returns the prompt that messages make, as token ids; `Gemma.chat_ids` is one."""
+
+
+def spoken(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool]]:
+    """Yield the text of a reply's pieces, each with whether it is of a thought.
+
+    An empty line stands between a thought that is shown and the answer.
+    """
+    shown = ""
+    for piece in pieces:
+        if shown and not piece.is_thought:
+            yield ("\n" if shown.endswith("\n") else "\n\n"), True
+            shown = ""
+        elif piece.is_thought:
+            shown = piece.text or shown
+        yield piece.text, piece.is_thought
 
 
 @dataclass

@@ -22,14 +22,15 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from gemma_wgpu import pictures
-from gemma_wgpu.apps.conversation import Conversation
+from gemma_wgpu.apps.conversation import Conversation, spoken
 from gemma_wgpu.engine.request import Piece, Stats
+from gemma_wgpu.engine.thoughts import wants
 from gemma_wgpu.errors import GemmaError, RequestError
 from gemma_wgpu.files import reason
 from gemma_wgpu.gemma import Gemma
 from gemma_wgpu.options import RANGES, Options
 from gemma_wgpu.progress import Progress
-from gemma_wgpu.tokens.chat import Message
+from gemma_wgpu.tokens.messages import Message
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,9 +50,10 @@ class _Opened:
 class Chat:
     """Reads lines, and shows what the model says to them. Lines that begin with a slash are commands.
 
-    The contents of `files` go in front of the first message. With `pan_and_scan`, long images are followed by crops
-    of them. Raises RequestError if a file can be read neither as text nor as an image, or if it is an image and the
-    model reads text only.
+    The contents of `files` go in front of the first message. `thinking` is what the model is asked for at first: see
+    `Gemma.chat`. With `pan_and_scan`, long images are followed by crops of them. Raises RequestError if a file can be
+    read neither as text nor as an image, if it is an image and the model reads text only, and if the model is to
+    think but does not.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Chat:
         options: Options,
         files: Iterable[Path],
         *,
+        thinking: str = "off",
         pan_and_scan: bool = False,
     ) -> None:
         self._gemma = gemma
+        self._thinking = self._checked_thinking(thinking)
         self._conversation = conversation
         self._options = options
         self._pan_and_scan = pan_and_scan
@@ -112,6 +116,7 @@ class Chat:
             dropped = self._conversation.fit(self._encode, self._gemma.context_length)
             generation = self._gemma.chat(
                 [self._with_images(message) for message in self._conversation.messages],
+                thinking=self._thinking,
                 pan_and_scan=self._pan_and_scan,
                 progress=self._show_progress,
                 options=self._options,
@@ -123,7 +128,7 @@ class Chat:
             try:
                 self._show(generation)
             except KeyboardInterrupt:
-                if not generation.text:
+                if not generation.answer:
                     raise
                 self._note("(interrupted)")
         except KeyboardInterrupt:
@@ -133,7 +138,7 @@ class Chat:
         except GemmaError:
             self._conversation.undo()
             raise
-        self._conversation.reply(generation.text)
+        self._conversation.reply(generation.answer)
         if generation.stats.finish_reason in ("context", "length"):
             full = (
                 "the context is full" if generation.stats.finish_reason == "context" else "max_new_tokens is reached"
@@ -141,26 +146,37 @@ class Chat:
             self._note(f"(cut off: {full})")
 
     def _show(self, pieces: Iterator[Piece]) -> None:
-        """Print the text as it comes: plain into a pipe, and as Markdown, paragraph by paragraph, in a terminal."""
+        """Print the text as it comes: plain into a pipe, and as Markdown, paragraph by paragraph, in a terminal.
+
+        In a terminal a thought is dim. If it is hidden, its tokens are counted while it comes.
+        """
         if not self._console.is_terminal:
-            for piece in pieces:
-                print(piece.text, end="", flush=True)
+            for text, _ in spoken(pieces):
+                print(text, end="", flush=True)
             print(flush=True)
             return
-        paragraph = ""
+        paragraph, is_thought, thought = "", False, 0
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
             self._live = live
             try:
                 for piece in pieces:
+                    if piece.is_thought and self._thinking != "show":
+                        thought += 1
+                        live.update(Text(f"(thinking: {thought:,} tokens)", style="dim"), refresh=True)
+                        continue
+                    if piece.is_thought != is_thought:
+                        if paragraph:
+                            live.console.print(_printed(paragraph, is_thought))
+                        paragraph, is_thought = "", piece.is_thought
                     paragraph += piece.text
                     done, paragraph = _split(paragraph)
                     if done:
-                        live.console.print(Markdown(done))
-                    live.update(Markdown(paragraph), refresh=True)
+                        live.console.print(_printed(done, is_thought))
+                    live.update(_printed(paragraph, is_thought), refresh=True)
             finally:
                 self._live = None
                 live.update("", refresh=True)
-                live.console.print(Markdown(paragraph))
+                live.console.print(_printed(paragraph, is_thought))
 
     def _show_progress(self, progress: Progress) -> None:
         """Show how far the encoding of an image is, in the place where the reply will stand."""
@@ -203,7 +219,9 @@ class Chat:
         gemma = self._gemma
         tokens = gemma.vision.tokens if gemma.vision else None
         crops = [self._open(path).crops for path in self._conversation.images]
-        return gemma.family.chat.encode(gemma.tokenizer, messages, images=tokens, crops=crops)
+        return gemma.family.chat.encode(
+            gemma.tokenizer, messages, thinking=wants(self._thinking), images=tokens, crops=crops
+        )
 
     def _with_images(self, message: Message) -> Message:
         """Return a message of the conversation with its images in the place of their paths."""
@@ -296,6 +314,22 @@ class Chat:
             f"memory   {sum(self._gemma.gpu_bytes.values()) / 1e6:,.0f} MB on {self._gemma.device.info}"
         )
 
+    def _think(self, thinking: str) -> None:
+        """Let the model think before it answers: /think show, /think hide or /think off."""
+        self._thinking = self._checked_thinking(thinking)
+        what = {
+            "show": "thinks before it answers",
+            "hide": "thinks, unseen, before it answers",
+            "off": "answers at once",
+        }
+        self._note(f"The model {what[thinking]}.")
+
+    def _checked_thinking(self, thinking: str) -> str:
+        """Return what the model is asked for. Raises RequestError if it cannot do so."""
+        if wants(thinking) and self._gemma.family.chat.thoughts is None:
+            raise RequestError(f"{self._gemma.name} does not think before it answers; load a Gemma 4")
+        return thinking
+
     def _context(self, _: str) -> None:
         """Show how full the context is."""
         self._console.print(f"{self._used:,} of {self._gemma.context_length:,} tokens of context used")
@@ -361,6 +395,7 @@ _COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "image": Chat._image,
     "system": Chat._system,
     "reset": Chat._reset,
+    "think": Chat._think,
     "stats": Chat._statistics,
     "context": Chat._context,
     "save": Chat._save,
@@ -403,6 +438,10 @@ def _piped() -> Iterator[str]:
             held = ""
     if held:
         yield held
+
+
+def _printed(text: str, is_thought: bool) -> Markdown | Text:
+    return Text(text, style="dim") if is_thought else Markdown(text)
 
 
 def _split(text: str) -> tuple[str, str]:

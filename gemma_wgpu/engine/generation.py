@@ -74,7 +74,8 @@ class Generation(_Stream[Piece]):
 
     Iterate over its Pieces, with `for` if the platform can block, or with `async for`. Or take the whole text:
     `generation.result()`, `str(generation)` or `await generation`. `text` and `ids` are what has come so far, `stats`
-    says how it goes. A token that ends the text is not part of it.
+    says how it goes. A token that ends the text is not part of it. If the model thinks before it answers, `answer` is
+    the text without its thoughts, and `thought` is what it thought, shown or not.
     """
 
     def __init__(self, scheduler: Scheduler, request: Request) -> None:
@@ -87,8 +88,18 @@ class Generation(_Stream[Piece]):
         return self.request.text
 
     @property
+    def answer(self) -> str:
+        """Return what has come so far, without thoughts."""
+        return self.request.answer
+
+    @property
+    def thought(self) -> str:
+        """Return what the model has thought so far."""
+        return self.request.thought
+
+    @property
     def ids(self) -> list[int]:
-        """Return the token ids that have come so far."""
+        """Return the token ids that have come so far, those of thoughts too."""
         return self.request.ids
 
     @property
@@ -147,8 +158,8 @@ class Generations(_Stream[tuple[int, Piece]]):
     """Texts under way side by side.
 
     Iterate over (index of the prompt, Piece), or take all texts: `generations.result()` or `await generations`.
-    `texts`, `ids`, `stats` and `seeds` are those of a Generation, in a list by prompt. At most `batch_size` of the
-    texts are under way at a time.
+    `texts`, `answers`, `thoughts`, `ids`, `stats` and `seeds` are those of a Generation, in a list by prompt. At most
+    `batch_size` of the texts are under way at a time.
     """
 
     def __init__(self, scheduler: Scheduler, requests: Sequence[Request], batch_size: int) -> None:
@@ -161,6 +172,16 @@ class Generations(_Stream[tuple[int, Piece]]):
     def texts(self) -> list[str]:
         """Return what has come so far."""
         return [request.text for request in self._requests]
+
+    @property
+    def answers(self) -> list[str]:
+        """Return what has come so far, without thoughts."""
+        return [request.answer for request in self._requests]
+
+    @property
+    def thoughts(self) -> list[str]:
+        """Return what the model has thought so far."""
+        return [request.thought for request in self._requests]
 
     @property
     def ids(self) -> list[list[int]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu.engine.thoughts import Thoughts
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.models.spec import Tower
 
@@ -27,10 +28,14 @@ class Medium:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Token ids with the soft tokens of images and sounds in place, and these in their order."""
+    """Token ids with the soft tokens of images and sounds in place, and these in their order.
+
+    `thoughts` says how the thoughts in a reply to it are marked, if there may be some.
+    """
 
     ids: Sequence[int]
     media: Sequence[Medium] = ()
+    thoughts: Thoughts | None = None
 
     def keyed(self, towers: Mapping[str, Tower], most: int) -> list[int]:
         """Return the ids with the key of an image or a sound in the place of each of its soft tokens.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gemma_wgpu.engine.prompt import Medium
 from gemma_wgpu.engine.runner import Draw, Mask
 from gemma_wgpu.engine.structured import Matcher
+from gemma_wgpu.engine.thoughts import Channel, Thoughts
 from gemma_wgpu.options import Options
 from gemma_wgpu.progress import OnProgress
 from gemma_wgpu.tokens.tokenizer import Tokenizer
@@ -49,15 +50,19 @@ class Piece(str):
 
     `ids` has the token's id, or nothing if the last text that was held back comes out. The text is empty while a
     character, or what may be a stop string, is not whole. `logprobs` is the token's, if it was asked for.
+    `is_thought` says whether the token is of a thought, whose text is empty if thoughts are hidden.
     """
 
     ids: tuple[int, ...]
     logprobs: Logprobs | None
+    is_thought: bool
 
-    def __new__(cls, text: str, ids: tuple[int, ...] = (), logprobs: Logprobs | None = None) -> Piece:
+    def __new__(
+        cls, text: str, ids: tuple[int, ...] = (), logprobs: Logprobs | None = None, is_thought: bool = False
+    ) -> Piece:
         """Make a piece."""
         piece = super().__new__(cls, text)
-        piece.ids, piece.logprobs = ids, logprobs
+        piece.ids, piece.logprobs, piece.is_thought = ids, logprobs, is_thought
         return piece
 
     @property
@@ -123,10 +128,10 @@ class _StopStrings:
 class Request:
     """A text that is asked for, and how far it is.
 
-    `prompt` are its token ids; where an image's soft tokens are, it has the image's key. `images` are those of the
-    prompt. `text` and `ids` are what has come so far. `pieces` are those that nobody has taken
-    yet, and `error` is why the text could not go on, if it could not. `mask` says which tokens may come next, if not
-    all may.
+    `prompt` are its token ids; where the soft tokens of an image or a sound are, it has its key. `media` are those of
+    the prompt, by key. `text` and `ids` are what has come so far; `answer` is the text without thoughts, and
+    `thought` is all that was thought, shown or hidden. `pieces` are those that nobody has taken yet, and `error` is
+    why the text could not go on, if it could not. `mask` says which tokens may come next, if not all may.
     """
 
     def __init__(
@@ -138,6 +143,7 @@ class Request:
         matcher: Matcher | None = None,
         media: Sequence[Medium] = (),
         progress: OnProgress | None = None,
+        thoughts: Thoughts | None = None,
     ) -> None:
         self.prompt = list(prompt)
         self.media = {medium.key: medium for medium in media}
@@ -146,18 +152,19 @@ class Request:
         self.draw = Draw(options, options.drawn_seed())
         room = context_length - len(prompt) + 1
         self.most = room if options.max_new_tokens is None else min(options.max_new_tokens, room)
-        self.text = ""
+        self.text = self.answer = self.thought = ""
         self.ids: list[int] = []
         self.stats = Stats(len(prompt))
         self.pieces: deque[Piece] = deque()
         self.error: Exception | None = None
         self.abandoned = False  # nobody waits for it any more
-        self.mask: Mask | None = matcher.mask if matcher else None
+        self.mask: Mask | None = self._allowed if matcher else None
         self._matcher = matcher
         self._limit = "length" if self.most == options.max_new_tokens else "context"
         self._eos_ids = frozenset() if options.ignore_eos else tokenizer.eos_ids
         self._stream = tokenizer.stream(control=False)
         self._stop = _StopStrings(options.stop_strings)
+        self._channel = Channel(thoughts, prompt)
         self._since = 0.0
 
     @property
@@ -180,35 +187,78 @@ class Request:
         if token in self._eos_ids:
             self.end("constraint" if self._matcher and self._matcher.failed else "eos")
             return
-        if self._matcher:
-            self._matcher.accept(token)
+        logprobs = self._logprobs(token, logits)
         self.ids.append(token)
-        text, stopped = self._stop.push(self._stream.push(token))
-        self._out(Piece(text, (token,), self._logprobs(token, logits)))
-        if stopped:
-            self.stats.finish_reason = "stop"
-        elif self.stats.new_tokens == self.most:
+        if self._channel.is_mark(token):
+            if self._let_out():
+                self.stats.finish_reason = "stop"
+            self._channel.turn(token)
+            self._out("", (token,), logprobs, is_thought=True)
+        elif self._channel.inside:
+            self._out(self._channel.unnamed(self._stream.push(token)), (token,), logprobs, is_thought=True)
+        else:
+            if self._matcher:
+                self._matcher.accept(token)
+            text, stopped = self._stop.push(self._stream.push(token))
+            self._out(text, (token,), logprobs)
+            if stopped:
+                self.stats.finish_reason = "stop"
+        if self.stats.new_tokens == self.most:
             self.end(self._limit)
 
     def end(self, why: str) -> None:
         """End the text here: what was held back comes out. Does nothing if it has ended already."""
         if self.ended:
             return
-        text, stopped = self._stop.push(self._stream.flush())
-        self.stats.finish_reason = "stop" if stopped else why
-        if not stopped:
-            text += self._stop.held
+        self.stats.finish_reason = "stop" if self._let_out() else why
+
+    def _let_out(self) -> bool:
+        """Let out what was held back; say whether a stop string has come."""
+        text = self._stream.flush()
+        if self._channel.inside:
+            text, stopped = self._channel.unnamed(text), False
+        else:
+            text, stopped = self._stop.push(text)
+            if not stopped:
+                text += self._stop.held
+                self._stop.held = ""
         if text:
-            self._out(Piece(text))
+            self._out(text, is_thought=self._channel.inside)
+        return stopped
 
     def fail(self, error: Exception) -> None:
         """End the text by an error."""
         if not self.ended:
             self.error = error
 
-    def _out(self, piece: Piece) -> None:
+    def _out(
+        self,
+        text: str,
+        ids: tuple[int, ...] = (),
+        logprobs: Logprobs | None = None,
+        *,
+        is_thought: bool = False,
+    ) -> None:
+        if is_thought:
+            self.thought += text
+        else:
+            self.answer += text
+        piece = Piece(text if self._channel.shown else "", ids, logprobs, is_thought)
         self.text += piece
         self.pieces.append(piece)
+
+    def _allowed(self) -> NDArray[np.uint32]:
+        """Return the mask of the tokens that may come next. The form is that of the answer; a thought has none."""
+        assert self._matcher
+        mask = self._matcher.mask()
+        if self._channel.inside:
+            mask = np.full_like(mask, 0xFFFFFFFF)
+            for token in self._eos_ids:
+                mask[token // 32] &= ~np.uint32(1 << token % 32)
+        elif not self.ids and (begin := self._channel.may_begin) is not None:
+            mask = mask.copy()
+            mask[begin // 32] |= np.uint32(1 << begin % 32)
+        return mask
 
     def _count(self) -> None:
         stats, now = self.stats, time.perf_counter()

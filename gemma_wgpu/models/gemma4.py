@@ -11,22 +11,28 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Self
 
-from gemma_wgpu.errors import ModelError
+import numpy as np
+from numpy.typing import NDArray
+
 from gemma_wgpu.models import sharing
-from gemma_wgpu.models.keys import GLOBAL, LOCAL, MOST_LAYERS, Keys, hf_layer_types, shown, text_keys
+from gemma_wgpu.models.keys import GLOBAL, LOCAL, MOST_LAYERS, Keys, gguf_keys, hf_layer_types, shown, text_keys
 from gemma_wgpu.models.spec import Family, Kind, LanguageModel, Loader, TensorSpec
 from gemma_wgpu.ops.launch import Value
+from gemma_wgpu.ops.layout import BLOCK
 from gemma_wgpu.ops.linear import HostTable, Linear
 from gemma_wgpu.ops.rope import Rope
 from gemma_wgpu.ops.step import Attention, Norm, Normed, Step, Sum
-from gemma_wgpu.tokens.chat import GEMMA3
+from gemma_wgpu.tokens.gemma4_chat import GEMMA4
 
 NAME = "Gemma 4"
 MODEL_TYPES = ("gemma4", "gemma4_text")
+ARCHITECTURE = "gemma4"
 
 _TEXT = sharing.HF_TEXT
 
 _EVERY = 6  # every sixth layer is global
+_THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
+_TURNED = 0.25  # of a head of the global layers
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,11 @@ class Gemma4Config:
     def head_dim_of(self, layer: int) -> int:
         """Return the size of the heads of `layer` (from 0)."""
         return self.global_head_dim if self.is_global(layer) else self.head_dim
+
+    @property
+    def turned_pairs(self) -> int:
+        """Return how many of the pairs of a global layer's head are turned; they are the first ones."""
+        return int(self.partial_rotary_factor * self.global_head_dim // 2)
 
     def intermediate_size_of(self, layer: int) -> int:
         """Return the width of the feed-forward network of `layer` (from 0)."""
@@ -137,8 +148,57 @@ class Gemma4Config:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], *, source: str = "GGUF") -> Self:
-        """Raise ModelError: no GGUF architecture leads here."""
-        raise ModelError(f"{source}: {NAME} cannot be read from GGUF; use the model's safetensors folder")
+        """Read the metadata of a GGUF file. Raises ModelError, which names `source` and the key.
+
+        The format says neither whether the networks of the last layers are twice as wide, which their widths tell,
+        nor which part of the heads of global layers is turned: see `constants`.
+        """
+        keys, vocab_size = gguf_keys(metadata, source, NAME, ARCHITECTURE)
+        keys.refuse("gemma4.expert_count", "gemma4.expert_feed_forward_length")
+        layers = keys.count("gemma4.block_count", most=MOST_LAYERS)
+        shared = keys.count("gemma4.attention.shared_kv_layers", 0, least=0, most=layers - 1)
+        sliding = keys.numbers("gemma4.attention.sliding_window_pattern", layers)
+        types = tuple(LOCAL if each else GLOBAL for each in sliding)
+        if types[-1] != GLOBAL:
+            raise keys.error("gemma4.attention.sliding_window_pattern", f"ends in a window, which no {NAME} does")
+        if not sharing.has_sources(types, shared):
+            raise keys.error("gemma4.attention.shared_kv_layers", "leaves a kind of layers without keys and values")
+        size, double_wide = _gguf_sizes(keys, layers, layers - shared)
+        heads, *others = keys.counts("gemma4.attention.head_count_kv", layers)
+        if any(other != heads for other in others):
+            raise keys.error("gemma4.attention.head_count_kv", f"differs by layer, which only larger {NAME} do")
+        built = cls(
+            vocab_size=vocab_size,
+            vocab_size_per_layer_input=vocab_size,
+            hidden_size=keys.size("gemma4.embedding_length"),
+            hidden_size_per_layer_input=keys.size("gemma4.embedding_length_per_layer_input"),
+            intermediate_size=size,
+            num_hidden_layers=layers,
+            num_attention_heads=keys.count("gemma4.attention.head_count"),
+            num_key_value_heads=heads,
+            head_dim=keys.count("gemma4.attention.key_length_swa"),
+            global_head_dim=keys.count("gemma4.attention.key_length"),
+            rms_norm_eps=keys.number("gemma4.attention.layer_norm_rms_epsilon"),
+            rope_theta=keys.number("gemma4.rope.freq_base", _THETA),
+            partial_rotary_factor=_TURNED,
+            rope_local_base_freq=keys.number("gemma4.rope.freq_base_swa", _LOCAL_THETA),
+            sliding_window=keys.count("gemma4.attention.sliding_window"),
+            max_position_embeddings=keys.count("gemma4.context_length"),
+            num_kv_shared_layers=shared,
+            use_double_wide_mlp=double_wide,
+            final_logit_softcapping=keys.number("gemma4.final_logit_softcapping"),
+            layer_types=types,
+        )
+        for kind, head_dim in (("key_length_swa", built.head_dim), ("key_length", built.global_head_dim)):
+            keys.check_heads(
+                ("gemma4.attention.head_count", built.num_attention_heads),
+                ("gemma4.attention.head_count_kv", built.num_key_value_heads),
+                (f"gemma4.attention.{kind}", head_dim),
+            )
+        for kind, head_dim in (("dimension_count_swa", built.head_dim), ("dimension_count", built.global_head_dim)):
+            if keys.count(f"gemma4.rope.{kind}", head_dim) != head_dim:
+                raise keys.error(f"gemma4.rope.{kind}", f"is not {head_dim}, the size of these layers' heads")
+        return built
 
     def summary(self) -> dict[str, str]:
         """Return what people want to know of the shape, by name."""
@@ -157,16 +217,41 @@ class Gemma4Config:
 def _rope(keys: Keys) -> tuple[float, float, float]:
     """Return theta and the part that is turned of the global layers, and theta of the local ones."""
     if keys.get("rope_parameters") is None:
-        return 1_000_000.0, 0.25, 10_000.0
+        return _THETA, _TURNED, _LOCAL_THETA
     parameters = keys.inner("rope_parameters")
     full, local = parameters.inner(GLOBAL), parameters.inner(LOCAL)
     for inner, kind in ((full, "proportional"), (local, "default")):
         if inner.get("rope_type", kind) != kind:
             raise inner.error("rope_type", f"is {shown(inner.get('rope_type'))}; {NAME} has {kind} there")
-    partial = full.number("partial_rotary_factor", 0.25)
+    partial = full.number("partial_rotary_factor", _TURNED)
     if partial > 1:
         raise full.error("partial_rotary_factor", f"is {partial}, more than the whole")
-    return full.number("rope_theta", 1_000_000.0), partial, local.number("rope_theta", 10_000.0)
+    return full.number("rope_theta", _THETA), partial, local.number("rope_theta", _LOCAL_THETA)
+
+
+def _gguf_sizes(keys: Keys, layers: int, own: int) -> tuple[int, bool]:
+    """Return the width of a network, and whether it is twice that in the layers without keys and values of their own.
+
+    Those are the layers from number `own` on.
+    """
+    key = "gemma4.feed_forward_length"
+    sizes = keys.counts(key, layers)
+    size, last = sizes[0], sizes[-1]
+    if size % BLOCK:
+        raise keys.error(key, f"has {size}; only multiples of {BLOCK} can be run")
+    if last not in (size, 2 * size) or sizes != [size] * own + [last] * (layers - own):
+        raise keys.error(key, f"is {shown(keys.get(key))}, not one width and perhaps twice that in the last layers")
+    return size, last != size
+
+
+def constants(config: Gemma4Config) -> dict[str, NDArray[np.float32]]:
+    """Return what `rope_freqs` is in GGUF files: by how much the angles of a global layer's pairs are divided.
+
+    Pairs that are not turned have 1e30 there.
+    """
+    pairs = config.global_head_dim // 2
+    turned = np.arange(pairs) < config.turned_pairs
+    return {"rope_freqs.weight": np.where(turned, 1, 1e30).astype(np.float32)}
 
 
 def tensors(config: Gemma4Config) -> list[TensorSpec]:
@@ -254,8 +339,7 @@ class Gemma4(LanguageModel):
             head_dims=[config.head_dim_of(layer) for layer in range(config.num_hidden_layers)],
             window=config.sliding_window,
         )
-        turned = int(config.partial_rotary_factor * config.global_head_dim // 2)
-        self._global_rope = Rope(config.rope_theta, config.global_head_dim, turned=turned)
+        self._global_rope = Rope(config.rope_theta, config.global_head_dim, turned=config.turned_pairs)
         self._local_rope = Rope(config.rope_local_base_freq, config.head_dim)
         self.ropes = (self._local_rope, self._global_rope)
 
@@ -334,12 +418,13 @@ class Gemma4(LanguageModel):
 FAMILY = Family(
     name=NAME,
     model_types=MODEL_TYPES,
-    architectures=(),
+    architectures=(ARCHITECTURE,),
     config=Gemma4Config,
     tensors=tensors,
     unread=unread,
     load=Gemma4.load,
-    chat=GEMMA3,
+    chat=GEMMA4,
     prefixes=sharing.HF_PREFIXES,
     ignored=sharing.HF_TOWERS,
+    constants=constants,
 )

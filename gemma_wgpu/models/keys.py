@@ -76,6 +76,13 @@ class Keys:
             raise self.error(key, f"is {shown(value)}, not a list of numbers")
         return [float(each) for each in values]
 
+    def counts(self, key: str, count: int) -> list[int]:
+        """Return `count` whole numbers above zero, of which a file may give one for all."""
+        values = self.numbers(key, count)
+        if not all(1 <= value <= _MOST and value == int(value) for value in values):
+            raise self.error(key, f"is {shown(self.get(key))}, not whole numbers from 1 to {_MOST}")
+        return [int(value) for value in values]
+
     def size(self, key: str, default: int | None = None) -> int:
         """Return a count that is a multiple of 32, since the rows of weights are read in blocks."""
         value = self.count(key, default)

@@ -9,19 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from pathlib import Path, PurePath
 from typing import Any
 
 from gemma_wgpu.errors import ModelError, RequestError
+from gemma_wgpu.tokens.messages import ImagePart, Message, parts_of, roles_of
 from gemma_wgpu.tokens.tokenizer import BOS, Tokenizer
 
-Message = Mapping[str, object]
-"""A message has a "role" ("system", only in front; "user"; "assistant" or "model") and a "content", which is a str or
-a list of parts. A part is {"type": "text", "text": str} or, in a user's message, an image: {"type": "image"} with one
-of "image", "path", "url" and "base64", or {"type": "image_url", "image_url": {"url": str}}."""
+Tool = Mapping[str, Any]
+"""A function that a model may call, as OpenAI's API has it: {"type": "function", "function": {"name": str,
+"description": str, "parameters": JSON schema of an object}}."""
 
 _IMAGE = "<start_of_image>"
-_SOURCES = ("image", "path", "url", "base64")
 # Newlines stand around every image, and these texts around an image that has crops, which follow it.
 _NEWLINES = "\n\n"
 _ORIGINAL = "Here is the original image "
@@ -46,15 +44,37 @@ class ImageTokens:
         return [self.begin, *[self.soft] * self.count, self.end]
 
 
+@dataclass(frozen=True)
+class ThoughtTokens:
+    """The control tokens around a thought in a reply. After `begin` come its name and a newline."""
+
+    begin: str
+    end: str
+
+
 class ChatTemplate(ABC):
-    """Writes a chat down in the way that a family's models were trained on."""
+    """Writes a chat down in the way that a family's models were trained on.
+
+    `thoughts` says how thoughts are marked in the replies of models that think before they answer.
+    """
+
+    thoughts: ThoughtTokens | None = None
 
     @abstractmethod
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Tool] = (),
+        thinking: bool | None = None,
+    ) -> str:
         """Return the prompt as text, for people to read: a control token that a user typed looks like a real one.
 
-        An image is "<start_of_image>". If `add_generation_prompt` is true, the prompt ends with the beginning of a
-        reply. Raises RequestError, which names the index of the message at fault.
+        An image is one token. If `add_generation_prompt` is true, the prompt ends with the beginning of a reply. The
+        model may call `tools`; with `thinking`, it is asked to think before it answers, which is off if it is None.
+        Raises RequestError, which names the index of the message at fault, and if the family has no tools or no
+        thoughts.
         """
 
     @abstractmethod
@@ -72,6 +92,8 @@ class ChatTemplate(ABC):
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         *,
+        tools: Sequence[Tool] = (),
+        thinking: bool | None = None,
         images: ImageTokens | None = None,
         crops: Sequence[int] = (),
     ) -> list[int]:
@@ -81,6 +103,23 @@ class ChatTemplate(ABC):
         does not reach have none. Raises RequestError as `render` does, if there is an image but `images` is None, and
         if `crops` has more entries than there are images; and ModelError if the vocabulary has no tokens for chats.
         """
+
+
+def check_images(indices: Sequence[int], images: ImageTokens | None, crops: Sequence[int]) -> None:
+    """Raise RequestError if images, which are in the messages of these indices, cannot be put in a prompt.
+
+    `images` and `crops` are those of `ChatTemplate.encode`.
+    """
+    if len(crops) > len(indices):
+        raise RequestError(
+            f"crops has {len(crops)} entries, but the number of images in the chat is {len(indices)}; give one for "
+            "each"
+        )
+    if indices and images is None:
+        raise RequestError(
+            f"message {indices[0]} has an image, but this model reads text only; leave the image out, or load a "
+            "model that reads images"
+        )
 
 
 class Gemma3Chat(ChatTemplate):
@@ -93,8 +132,16 @@ class Gemma3Chat(ChatTemplate):
     _end = "<end_of_turn>\n"
     _reply = "model\n"
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Tool] = (),
+        thinking: bool | None = None,
+    ) -> str:
         """Return the prompt as text."""
+        _refuse(tools, thinking)
         turns = [f"{self._start}{_IMAGE.join(turn.texts)}{self._end}" for turn in _turns(messages)]
         return "".join([BOS, *turns, self._start + self._reply if add_generation_prompt else ""])
 
@@ -108,32 +155,39 @@ class Gemma3Chat(ChatTemplate):
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         *,
+        tools: Sequence[Tool] = (),
+        thinking: bool | None = None,
         images: ImageTokens | None = None,
         crops: Sequence[int] = (),
     ) -> list[int]:
         """Return the prompt as ids."""
+        _refuse(tools, thinking)
         start, end = (tokenizer.encode(marker, bos=False) for marker in (self._start, self._end))
         if not {start[0], end[0]} <= tokenizer.control_ids:
             raise ModelError("the vocabulary has no <start_of_turn> and <end_of_turn>; this model cannot chat")
         turns = _turns(messages)
-        number = sum(len(turn.images) for turn in turns)
-        if len(crops) > number:
-            raise RequestError(
-                f"crops has {len(crops)} entries, but the number of images in the chat is {number}; give one for each"
-            )
+        check_images([turn.index for turn in turns for _ in turn.images], images, crops)
         left = chain(crops, repeat(0))
         ids = [tokenizer.bos_id]
         for turn in turns:
-            if turn.images and images is None:
-                raise RequestError(
-                    f"message {turn.index} has an image, but this model reads text only; leave the image out, or "
-                    "load a model that reads images"
-                )
             texts = _spread(turn.texts, islice(left, len(turn.images)))
             ids += [*start, *_encode(tokenizer, texts, images, control=False), *end]
         if add_generation_prompt:
             ids += [*start, *tokenizer.encode(self._reply, bos=False)]
         return ids
+
+
+def _refuse(tools: Sequence[Tool], thinking: bool | None) -> None:
+    """Raise RequestError for what Gemma 3 was not trained on."""
+    if tools:
+        raise RequestError(
+            "this model was not trained to call tools; leave tools out, or load a Gemma 4", option="tools"
+        )
+    if thinking:
+        raise RequestError(
+            "this model was not trained to think before it answers; leave thinking off, or load a Gemma 4",
+            option="thinking",
+        )
 
 
 GEMMA3 = Gemma3Chat()
@@ -196,11 +250,7 @@ class _Turn:
 
 def _turns(messages: Sequence[Message]) -> list[_Turn]:
     """Return the turns of a chat."""
-    if not isinstance(messages, Sequence):
-        raise RequestError(f"a chat is a list of messages, not {type(messages).__name__}")
-    roles = [_role(message, index) for index, message in enumerate(messages)]
-    if roles in ([], ["system"]):
-        raise RequestError(f"message {len(roles)} is missing; a chat needs a user message")
+    roles = roles_of(messages, ("system", "user", "assistant"))
     first = int(roles[0] == "system")
     preface = _content(messages[0], 0, "system")[0][0] + "\n\n" if first else ""
     turns = []
@@ -215,63 +265,15 @@ def _turns(messages: Sequence[Message]) -> list[_Turn]:
     return turns
 
 
-def _role(message: Message, index: int) -> str:
-    """Return "system", "user" or "assistant"."""
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if role in ("system", "user", "assistant"):
-        return str(role)
-    if role == "model":
-        return "assistant"
-    raise RequestError(f"message {index} has role {role!r}; give it a role of system, user or assistant")
-
-
 def _content(message: Message, index: int, role: str) -> tuple[list[str], list[object]]:
     """Return the texts of a message and its images, of which one stands between each two texts."""
-    content = message.get("content")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, Sequence):
-        raise RequestError(f"message {index} has content of type {type(content).__name__}; it must be text")
     texts = [""]
     images = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in ("image", "image_url"):
-            if role != "user":
-                raise RequestError(
-                    f"message {index} has role {role} and an image; only a user message may have images"
-                )
-            images.append(_image(part, index))
+    for part in parts_of(message, index, role):
+        if isinstance(part, ImagePart):
+            images.append(part.source)
             texts.append("")
-            continue
-        text = part.get("text") if kind == "text" else None
-        if not isinstance(text, str):
-            raise RequestError(
-                f'message {index} has a part that is not {{"type": "text", "text": ...}} or '
-                '{"type": "image", "url": ...}'
-            )
-        # The template strips every text but the system's.
-        texts[-1] += text if role == "system" else text.strip()
+        else:
+            # The template strips every text but the system's.
+            texts[-1] += part if role == "system" else part.strip()
     return texts, images
-
-
-def _image(part: Mapping[str, Any], index: int) -> object:
-    """Return what an image part holds: see `ChatTemplate.images`."""
-    if part["type"] == "image_url":
-        nested = part.get("image_url")
-        part = nested if isinstance(nested, Mapping) else {"url": nested}
-        sources: tuple[str, ...] = ("url",)
-    else:
-        sources = _SOURCES
-    given = [(source, part[source]) for source in sources if part.get(source) is not None]
-    if len(given) != 1:
-        wanted = "a url" if sources == ("url",) else "exactly one of image, path, url and base64"
-        raise RequestError(f"message {index} has an image with {len(given)} sources; give it {wanted}")
-    source, value = given[0]
-    if source == "image":
-        return value
-    if source == "path" and isinstance(value, (str, PurePath)):
-        return Path(value)
-    if not isinstance(value, str):
-        raise RequestError(f"message {index} has an image whose {source} is {type(value).__name__}; it must be a str")
-    return f"data:;base64,{value}" if source == "base64" and not value.startswith("data:") else value

@@ -6,7 +6,8 @@ import operator
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
@@ -17,28 +18,73 @@ from gemma_wgpu.errors import ModelError, RequestError
 from gemma_wgpu.tokens.bpe import SPACE, PairMerger
 
 BOS = "<bos>"
-_END = ("<eos>", "<end_of_turn>")
-# Gemma 3's tokenizer.json marks these tokens special. The types in a GGUF file do not tell them: there, <mask> and
-# <unusedN> are control tokens too, and <start_of_image> is a user-defined token.
-CONTROL = frozenset(
-    {
-        BOS,
-        *_END,
-        "<pad>",
-        "<unk>",
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The control tokens of a kind of vocabulary: `all` of them, and the `ends` of a text among them.
+
+    `turn` begins a turn of a chat, and tells the kind: no other one has it.
+    """
+
+    turn: str
+    ends: tuple[str, ...]
+    all: frozenset[str]
+
+
+# The tokenizer.json of the models marks these tokens special. The types in a GGUF file do not tell them: there, the
+# <mask> and <unusedN> of Gemma 3 are control tokens too, and some of these are user-defined or normal tokens.
+_COMMON = (BOS, "<eos>", "<pad>", "<unk>")
+_KINDS = (
+    ControlTokens(
         "<start_of_turn>",
-        "<start_of_image>",
-        "<end_of_image>",
-        "<image_soft_token>",
-        # Gemma 3n's.
-        "<start_of_audio>",
-        "<end_of_audio>",
-        "<audio_soft_token>",
-    }
+        ("<eos>", "<end_of_turn>"),
+        frozenset(
+            {
+                *_COMMON,
+                "<start_of_turn>",
+                "<end_of_turn>",
+                "<start_of_image>",
+                "<end_of_image>",
+                "<image_soft_token>",
+                # Gemma 3n's.
+                "<start_of_audio>",
+                "<end_of_audio>",
+                "<audio_soft_token>",
+            }
+        ),
+    ),
+    # Gemma 4's. A reply that calls a tool ends where the tool's response begins.
+    ControlTokens(
+        "<|turn>",
+        ("<eos>", "<turn|>", "<|tool_response>"),
+        frozenset(
+            {
+                *_COMMON,
+                "<mask>",
+                *(
+                    f"<|{name}>"
+                    for name in ("turn", "channel", "tool", "tool_call", "tool_response", "image", "audio")
+                ),
+                *(
+                    f"<{name}|>"
+                    for name in ("turn", "channel", "tool", "tool_call", "tool_response", "image", "audio")
+                ),
+                *(f"<|{name}|>" for name in ("think", '"', "image", "audio", "video")),
+            }
+        ),
+    ),
 )
+
+
+def control_tokens(pieces: Container[str]) -> ControlTokens:
+    """Return the control tokens that a vocabulary with these pieces may have."""
+    return next((kind for kind in _KINDS if kind.turn in pieces), _KINDS[0])
+
+
 # No text is made of these tokens, though not every file says that they are control tokens.
 _UNUSED = re.compile(r"<unused\d+>|<mask>|\[multimodal\]")
-_FOREIGN = "this is not Gemma 3's tokenizer"
+_FOREIGN = "this is not Gemma's tokenizer"
 
 
 class TokenType(IntEnum):
@@ -196,7 +242,8 @@ class HFTokenizer(Tokenizer):
         self.byte_ids = frozenset(self._id(f"<0x{byte:02X}>", path) for byte in range(256))
         added = self._rust.get_added_tokens_decoder()
         self.control_ids = frozenset(token for token, entry in added.items() if entry.special)
-        self.eos_ids = frozenset(token for token, entry in added.items() if entry.content in _END)
+        ends = control_tokens({entry.content for entry in added.values()}).ends
+        self.eos_ids = frozenset(token for token, entry in added.items() if entry.content in ends)
 
     def _id(self, piece: str, path: Path) -> int:
         token = self._rust.token_to_id(piece)
@@ -246,6 +293,7 @@ class BPETokenizer(Tokenizer):
             for piece, kind in zip(pieces, kinds, strict=True)
         ]
         merge_scores = np.where(types == TokenType.USER_DEFINED, np.float32(0), scores)
+        controls = control_tokens(self._pieces)
         added: dict[str, int] = {}
         ordinary: dict[str, int] = {}
         self._bytes: dict[int, int] = {}
@@ -253,9 +301,9 @@ class BPETokenizer(Tokenizer):
             if kind == TokenType.BYTE:
                 self._bytes[token] = _byte_value(piece, source)
                 continue
-            if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED) or piece in CONTROL:
+            if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED) or piece in controls.all:
                 added[piece] = token
-            if kind in (TokenType.NORMAL, TokenType.USER_DEFINED) and piece not in CONTROL:
+            if kind in (TokenType.NORMAL, TokenType.USER_DEFINED) and piece not in controls.all:
                 ordinary[piece] = token
         token_of = {byte: token for token, byte in self._bytes.items()}
         if len(token_of) != 256 or BOS not in added:
@@ -265,8 +313,8 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = len(pieces)
         self.bos_id = added[BOS]
         self.byte_ids = frozenset(self._bytes)
-        self.control_ids = frozenset(added[piece] for piece in CONTROL & added.keys())
-        self.eos_ids = frozenset(added[piece] for piece in _END if piece in added)
+        self.control_ids = frozenset(added[piece] for piece in controls.all & added.keys())
+        self.eos_ids = frozenset(added[piece] for piece in controls.ends if piece in added)
 
     def _piece(self, token: int) -> str:
         return self._pieces[token]

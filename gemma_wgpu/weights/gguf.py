@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_wgpu.errors import ModelError
+from gemma_wgpu.models.keys import listed, shown
 from gemma_wgpu.models.registry import family_of_gguf
 from gemma_wgpu.models.spec import TensorSpec
 from gemma_wgpu.tokens.tokenizer import Tokenizer
@@ -30,6 +31,9 @@ _FILE_TYPES = {
     32: "BF16",
 }
 
+# What puts the merges of a vocabulary in order, by `tokenizer.ggml.model`.
+_ORDERED_BY = {"llama": "scores", "gemma4": "merges"}
+
 
 class GGUFCheckpoint(StoredCheckpoint):
     """A model in a GGUF file. `metadata` has the file's keys; lists of numbers are numpy arrays.
@@ -47,10 +51,15 @@ class GGUFCheckpoint(StoredCheckpoint):
         family = family_of_gguf(self.metadata, str(path))
         config = family.config.from_gguf(self.metadata, source=str(path))
         specs = family.tensors(config)
+        tensors = header.tensors()
+        for label, values in family.constants(config).items():
+            constant = tensors.pop(label, None)
+            if constant and not (constant.encoding.dense and np.array_equal(constant.values(), values)):
+                raise constant.error(f"is not what {family.name} has there; this is another architecture")
         stored = matched(
             family,
             specs,
-            _apart(specs, header.tensors()),
+            _apart(specs, tensors),
             unread=family.unread(config),
             place=str(path),
             file_name=_name,
@@ -74,15 +83,22 @@ class GGUFCheckpoint(StoredCheckpoint):
         )
 
     def vocabulary(self) -> Vocabulary:
-        """Return the SentencePiece vocabulary in the metadata. Raises ModelError if it is missing or damaged."""
-        pieces, scores, types = (
-            self.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")
+        """Return the vocabulary in the metadata. Raises ModelError if it is missing or damaged."""
+        names = ("model", "tokens", "token_type", "scores", "merges")
+        kind, pieces, types, scores, merges = (self.metadata.get(f"tokenizer.ggml.{name}") for name in names)
+        if not isinstance(kind, str) or kind not in _ORDERED_BY or not isinstance(pieces, list):
+            raise ModelError(
+                f"{self.path}: tokenizer.ggml.model is {shown(kind)}; Gemma's vocabularies are "
+                f"{listed(list(_ORDERED_BY))}"
+            )
+        if isinstance(types, np.ndarray):
+            if kind == "llama" and isinstance(scores, np.ndarray):
+                return Vocabulary(pieces, scores, types)
+            if kind == "gemma4" and isinstance(merges, list):
+                return Vocabulary.from_merges(pieces, merges, types, str(self.path))
+        raise ModelError(
+            f"{self.path}: tokenizer.ggml.{_ORDERED_BY[kind]} or token_type is missing; convert the model again"
         )
-        if self.metadata.get("tokenizer.ggml.model") != "llama" or not isinstance(pieces, list):
-            raise ModelError(f"{self.path}: tokenizer.ggml.model is not llama; Gemma's vocabulary is of that kind")
-        if not isinstance(scores, np.ndarray) or not isinstance(types, np.ndarray):
-            raise ModelError(f"{self.path}: tokenizer.ggml.scores or token_type is missing; convert the model again")
-        return Vocabulary(pieces, scores, types)
 
     def tokenizer(self) -> Tokenizer:
         """Return the vocabulary's tokenizer. Raises ModelError if it is damaged or not Gemma's."""

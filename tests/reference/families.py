@@ -1,5 +1,6 @@
 """Small random checkpoints of Gemma 3n and Gemma 4 in which every part of the architecture shows in the logits."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from numpy.typing import NDArray
 
 from gemma_wgpu.models import gemma3n, gemma4
 from gemma_wgpu.models.spec import Family, TensorSpec
+from tests import vocabulary4
 from tests.checkpoints import Raw, bfloat16, write_gguf, write_hf
 from tests.reference import random_1b
+from tests.vocabulary import merges
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 # Three layers share caches: one of each kind has several readers, and neither source is the first of its kind.
@@ -86,11 +89,14 @@ def write(folder: Path, name: str) -> Path:
     return folder
 
 
-def write_gguf_3n(path: Path) -> Path:
-    """Write the Gemma 3n as llama.cpp's converter does, in F32, with a vocabulary without sense; return `path`."""
-    config = FAMILIES["gemma3n"].config.from_hf(CONFIGS["gemma3n"])
+def write_gguf_of(path: Path, name: str, change: Mapping[str, object] | None = None) -> Path:
+    """Write a model as llama.cpp's converter does, in F32, with a vocabulary without sense; return `path`.
+
+    `change` has other metadata than the converter's; what is None is left out.
+    """
+    family, config = FAMILIES[name], FAMILIES[name].config.from_hf(CONFIGS[name])
     rng = np.random.Generator(np.random.PCG64(9))
-    specs = sorted((*gemma3n.tensors(config), *gemma3n.unread(config)), key=lambda spec: spec.name)
+    specs = sorted((*family.tensors(config), *family.unread(config)), key=lambda spec: spec.name)
     tensors: dict[str, Raw] = {}
     for spec in specs:
         values = (bfloat16(_weights(spec, rng)).astype(np.uint32) << 16).view(np.float32)
@@ -100,32 +106,62 @@ def write_gguf_3n(path: Path) -> Path:
             before = tensors[spec.gguf][0] if spec.gguf in tensors else np.zeros((0, *spec.shape), np.float32)
             values = np.concatenate((before, values[None]))
         tensors[spec.gguf] = values, GGMLQuantizationType.F32
-    vocabulary = random_1b.vocabulary(config.vocab_size)
     metadata: dict[str, object] = {
         "general.name": "Tiny",
-        "gemma3n.context_length": config.max_position_embeddings,
-        "gemma3n.embedding_length": config.hidden_size,
-        "gemma3n.embedding_length_per_layer_input": config.hidden_size_per_layer_input,
-        "gemma3n.block_count": config.num_hidden_layers,
+        f"{name}.context_length": config.max_position_embeddings,
+        f"{name}.embedding_length": config.hidden_size,
+        f"{name}.embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        f"{name}.block_count": config.num_hidden_layers,
+        f"{name}.attention.head_count": config.num_attention_heads,
+        f"{name}.attention.head_count_kv": config.num_key_value_heads,
+        f"{name}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{name}.attention.sliding_window": config.sliding_window,
+        f"{name}.attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types],
+        f"{name}.attention.shared_kv_layers": config.num_kv_shared_layers,
+        f"{name}.rope.freq_base": config.rope_theta,
+        **(_of_gemma3n(config) if name == "gemma3n" else _of_gemma4(config)),
+        **(change or {}),
+    }
+    if name == "gemma4":  # 16 of the 64 pairs of a global layer's head are turned
+        tensors["rope_freqs.weight"] = np.array([1] * 16 + [1e30] * 48, np.float32), GGMLQuantizationType.F32
+    kept = {key: value for key, value in metadata.items() if value is not None}
+    return write_gguf(path, kept, tensors, architecture=name)
+
+
+def _of_gemma3n(config: Any) -> dict[str, object]:
+    vocabulary = random_1b.vocabulary(config.vocab_size)
+    return {
         "gemma3n.feed_forward_length": list(config.intermediate_size),
-        "gemma3n.attention.head_count": config.num_attention_heads,
-        "gemma3n.attention.head_count_kv": config.num_key_value_heads,
         "gemma3n.attention.key_length": config.head_dim,
         "gemma3n.attention.value_length": config.head_dim,
-        "gemma3n.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "gemma3n.attention.sliding_window": config.sliding_window,
-        "gemma3n.attention.sliding_window_pattern": [kind == LOCAL for kind in config.layer_types],
-        "gemma3n.attention.shared_kv_layers": config.num_kv_shared_layers,
         "gemma3n.altup.num_inputs": 4,
         "gemma3n.altup.active_idx": 0,
-        "gemma3n.rope.freq_base": config.rope_theta,
         "gemma3n.activation_sparsity_scale": [1.6448536] * 3 + [-np.inf] * 5,
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": vocabulary.pieces,
         "tokenizer.ggml.scores": vocabulary.scores.tolist(),
         "tokenizer.ggml.token_type": [3] * 4 + [6] * 256 + [1] * (config.vocab_size - 260),
     }
-    return write_gguf(path, metadata, tensors, architecture="gemma3n")
+
+
+def _of_gemma4(config: Any) -> dict[str, object]:
+    vocabulary = vocabulary4.small(vocabulary4.words(config.vocab_size))
+    return {
+        "gemma4.feed_forward_length": [config.intermediate_size] * 5 + [2 * config.intermediate_size] * 3,
+        "gemma4.attention.key_length": config.global_head_dim,
+        "gemma4.attention.value_length": config.global_head_dim,
+        "gemma4.attention.key_length_swa": config.head_dim,
+        "gemma4.attention.value_length_swa": config.head_dim,
+        "gemma4.rope.freq_base_swa": config.rope_local_base_freq,
+        "gemma4.rope.dimension_count": config.global_head_dim,
+        "gemma4.rope.dimension_count_swa": config.head_dim,
+        "gemma4.final_logit_softcapping": config.final_logit_softcapping,
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": vocabulary.pieces,
+        "tokenizer.ggml.scores": [-1000.0] * config.vocab_size,
+        "tokenizer.ggml.token_type": vocabulary4.gguf_types(vocabulary),
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges(vocabulary)],
+    }
 
 
 def _weights(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from gemma_wgpu.weights.convert import Quant, convert
 from gemma_wgpu.weights.matformer import SlicedCheckpoint
 from gemma_wgpu.weights.opening import open_checkpoint
 from gemma_wgpu.weights.summary import summarize
-from tests.reference.families import CONFIGS, IDS, WIDTH, write, write_gguf_3n
+from tests.reference.families import CONFIGS, IDS, WIDTH, write, write_gguf_of
 from tests.reference.golden import FOLDER, divergence, greedy, largest_error
 from tests.reference.random_1b import write_tokenizer
 
@@ -175,11 +175,12 @@ def test_inspection_counts_all_weights(name: str, folder: Path) -> None:
         assert summary.lookup is not None
 
 
-def test_gguf(tmp_path: Path) -> None:
-    """The file has rows of zeros where the table of per-layer inputs ends sooner than the vocabulary."""
-    with load(write_gguf_3n(tmp_path / "tiny.gguf"), precision="f32", context_length=128) as model:
+@every_family
+def test_gguf(name: str, tmp_path: Path) -> None:
+    """The file has rows of zeros where Gemma 3n's table of per-layer inputs ends sooner than the vocabulary."""
+    with load(write_gguf_of(tmp_path / "tiny.gguf", name), precision="f32", context_length=128) as model:
         logits = model.logits(IDS[:98])
-    assert largest_error(logits, LOGITS["gemma3n"][:98]) < F32 * np.abs(LOGITS["gemma3n"]).max()
+    assert largest_error(logits, LOGITS[name][:98]) < F32 * np.abs(LOGITS[name]).max()
 
 
 @every_family

@@ -176,7 +176,10 @@ def create_app(
     async def chat_completions(body: ChatBody, http: HTTPRequest) -> Response:
         """Reply to a chat."""
         check_model(body.model)
-        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
+        if body.thinking != "off" and gemma.family.chat.thoughts is None:
+            param = "reasoning_effort" if body.reasoning_effort else "chat_template_kwargs"
+            raise Refusal(400, f"{served} does not think before it answers; leave {param} out", param=param)
+        messages = [message.model_dump(include={"role", "content", "reasoning_content"}) for message in body.messages]
         for message in messages:
             if message["role"] == "developer":  # OpenAI's newer name
                 message["role"] = "system"
@@ -184,7 +187,7 @@ def create_app(
         most = body.max_completion_tokens or body.max_tokens
 
         options = await asyncio.to_thread(lambda: _options(body, most, logprobs, _constraint(body.response_format)))
-        prompt = await _unless_gone(http, images.prompt(messages))
+        prompt = await _unless_gone(http, images.prompt(messages, thinking=body.thinking))
 
         def make() -> list[Request]:
             return [gemma.request(prompt, options.for_text(index)) for index in range(body.n or 1)]
@@ -269,7 +272,7 @@ async def _events(
             choice = choices[index]
             choice.push(piece)
             new = choice.take()
-            if piece is None or new.text or new.logprobs:
+            if piece is None or new.text or new.logprobs or new.thought:
                 yield _event(_json(form.chunk(index, new, None if piece is not None else choice.finish_reason)))
         if with_usage:
             yield _event(_json(form.last(usage(job.requests, prompts))))

@@ -56,11 +56,15 @@ class TokenTexts:
 
 @dataclass
 class Increment:
-    """What a text has gained: new text, its tokens if they are wanted, and how many characters came before it."""
+    """What a text has gained: new text, its tokens if they are wanted, and how many characters came before it.
+
+    `thought` is what has been thought, which is not part of the text.
+    """
 
     text: str
     logprobs: list[TokenLogprob] | None
     offset: int
+    thought: str = ""
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Choice:
     texts: TokenTexts
     wants_logprobs: bool
     _text: str = ""
+    _thought: str = ""
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     # A token goes out with its text, which may be held back, or turn out to belong to a stop string.
     _held: list[tuple[int, TokenLogprob]] = field(default_factory=list)  # each token, and where its bytes begin
@@ -83,6 +88,9 @@ class Choice:
         if piece is None:
             if self.request.stats.finish_reason != "stop":
                 self._release(self._pushed + 1)
+            return
+        if piece.is_thought:
+            self._thought += piece.text
             return
         self._text += piece.text
         self._out += len(piece.text.encode())
@@ -98,9 +106,10 @@ class Choice:
 
     def take(self) -> Increment:
         """Return what came since the last call."""
-        increment = Increment(self._text, self._logprobs if self.wants_logprobs else None, self._taken)
+        logprobs = self._logprobs if self.wants_logprobs else None
+        increment = Increment(self._text, logprobs, self._taken, self._thought)
         self._taken += len(self._text)
-        self._text, self._logprobs = "", []
+        self._text, self._logprobs, self._thought = "", [], ""
         return increment
 
     @property
@@ -158,12 +167,12 @@ class ChatFormat(Format):
 
     def _whole(self, index: int, new: Increment, finish_reason: FinishReason) -> BaseModel:
         logprobs = ChatLogprobs.of(new.logprobs)
-        reply = Reply(content=new.text)
+        reply = Reply(content=new.text, reasoning_content=new.thought or None)
         return ChatChoice(index=index, message=reply, logprobs=logprobs, finish_reason=finish_reason)
 
     def _increment(self, index: int, new: Increment, finish_reason: FinishReason | None) -> BaseModel:
         logprobs = ChatLogprobs.of(new.logprobs)
-        delta = Delta(content=new.text or None)
+        delta = Delta(content=new.text or None, reasoning_content=new.thought or None)
         return ChatDelta(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
 
 

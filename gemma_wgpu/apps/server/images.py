@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Thread
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.engine.prompt import Prompt
+from gemma_wgpu.engine.thoughts import Thoughts
 from gemma_wgpu.errors import ContextError, RequestError
 from gemma_wgpu.fetch.pictures import fetch_picture
 from gemma_wgpu.gemma import Gemma
@@ -48,27 +50,28 @@ class Images:
         self._decoding = asyncio.Lock()
         self._fetching = asyncio.Semaphore(_FETCHES)
 
-    async def prompt(self, messages: Messages) -> Prompt:
-        """Return the prompt that `Gemma.chat` makes of messages.
+    async def prompt(self, messages: Messages, *, thinking: str) -> Prompt:
+        """Return the prompt that `Gemma.chat` makes of messages; `thinking` is its option.
 
         Raises RequestError, whose `option` is what is at fault, and ContextError. What is wrong with the messages is
         said before a picture is fetched or decoded.
         """
-        urls, ids = await asyncio.to_thread(self._checked, messages)
+        urls, ids = await asyncio.to_thread(self._checked, messages, thinking)
         views: list[list[NDArray[np.float32]]] = []
         for param, url in urls:
             with _about(param):
                 source = url if _DATA.match(url) else await self._fetched(url)
                 async with self._decoding:
                     views.append(await asyncio.to_thread(self._views, source))
-        return await asyncio.to_thread(self._placed, messages, ids, views)
+        return await asyncio.to_thread(self._placed, messages, thinking, ids, views)
 
-    def _checked(self, messages: Messages) -> tuple[list[tuple[str, str]], list[int]]:
+    def _checked(self, messages: Messages, thinking: str) -> tuple[list[tuple[str, str]], list[int]]:
         """Return the URLs of the images, each with the name of the content that has it, and the ids of the prompt."""
         urls = []
         text = 0
         for index, message in enumerate(messages):
             param, content = f"messages[{index}].content", message["content"]
+            text += len(message.get("reasoning_content") or "")
             if isinstance(content, str):
                 text += len(content)
                 continue
@@ -86,7 +89,7 @@ class Images:
                 option="messages",
             )
         try:
-            ids = self._gemma.chat_ids(messages)
+            ids = self._gemma.chat_ids(messages, thinking=thinking)
         except RequestError as error:
             raise RequestError(str(error), option="messages") from error
         if urls and len(ids) > self._gemma.context_length:
@@ -140,13 +143,16 @@ class Images:
         assert vision is not None  # else an image was refused
         return vision.views(source, pan_and_scan=self._pan_and_scan, files=False)
 
-    def _placed(self, messages: Messages, ids: list[int], views: Sequence[Sequence[NDArray[np.float32]]]) -> Prompt:
+    def _placed(
+        self, messages: Messages, thinking: str, ids: list[int], views: Sequence[Sequence[NDArray[np.float32]]]
+    ) -> Prompt:
         """Return the prompt with the images in it, and with their crops, which `ids` lack."""
-        crops = [len(each) - 1 for each in views]
-        return self._gemma.prompt(
-            self._gemma.chat_ids(messages, crops=crops) if any(crops) else ids,
+        gemma, crops = self._gemma, [len(each) - 1 for each in views]
+        prompt = gemma.prompt(
+            gemma.chat_ids(messages, thinking=thinking, crops=crops) if any(crops) else ids,
             [pixels for each in views for pixels in each],
         )
+        return replace(prompt, thoughts=Thoughts.of(gemma.family.chat, gemma.tokenizer, thinking))
 
 
 @contextmanager

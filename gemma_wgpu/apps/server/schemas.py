@@ -123,10 +123,17 @@ class Body(_Checked):
 
 
 class Message(_Checked):
-    """A turn of a chat."""
+    """A turn of a chat. Models that think may be sent what they thought, which they need no longer."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_ContentPart]
+    reasoning_content: str | None = None
+
+
+class TemplateOptions(_Checked):
+    """The options of the chat's template, as other servers have them."""
+
+    enable_thinking: bool = False
 
 
 class ChatBody(Body):
@@ -135,8 +142,19 @@ class ChatBody(Body):
     messages: Annotated[list[Message], Field(json_schema_extra={"minItems": 1})]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     response_format: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    include_reasoning: bool = True
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def thinking(self) -> str:
+        """Return what `Gemma.chat` calls `thinking`. An effort is no more than a wish to think."""
+        asked = self.reasoning_effort not in (None, "none", "minimal")
+        if asked or (self.chat_template_kwargs and self.chat_template_kwargs.enable_thinking):
+            return "show" if self.include_reasoning else "hide"
+        return "off"
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatBody:
@@ -194,16 +212,20 @@ class ChatLogprobs(BaseModel):
         return None if tokens is None else cls(content=tokens)
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+_Thought = Annotated[str | None, Field(exclude_if=_is_none)]  # what the model thought before its answer
+
+
 class Reply(BaseModel):
     """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
+    reasoning_content: _Thought = None
     refusal: None = None
-
-
-def _is_none(value: object) -> bool:
-    return value is None
 
 
 class Delta(BaseModel):
@@ -211,6 +233,7 @@ class Delta(BaseModel):
 
     role: Annotated[Literal["assistant"] | None, Field(exclude_if=_is_none)] = None
     content: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    reasoning_content: _Thought = None
 
 
 FinishReason = Literal["stop", "length"]
