@@ -1,5 +1,6 @@
 // RMSNorm of each token of a prompt, after adding the block's output to the residual stream (Gemma 3 report, section 2):
 //     residual = factor * residual + post_weight * y / rms(y)      if ADD; the factor is 1 if not SCALED
+//     residual = factor * residual + y                             if ADD and PLAIN
 //     out      = weight * residual / rms(residual)
 // with rms(v) = sqrt(mean(v^2) + eps), in f32. The weights are 1 + w of the report.
 //
@@ -10,6 +11,7 @@ override WORKGROUP_SIZE: u32;
 override K: u32;
 override EPS: f32;
 override ADD: bool;
+override PLAIN: bool;
 override SCALED: bool;
 override LAST: bool;
 #include "reduce.wgsl"
@@ -27,14 +29,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let size = K / 4u;
     let start = select(group.x, state.count - 1u, LAST) * size;
     if ADD {
-        var squares = 0.0;
-        for (var i = thread; i < size; i += WORKGROUP_SIZE) {
-            squares += dot(y[start + i], y[start + i]);
+        var scale = 1.0;
+        if !PLAIN {
+            var squares = 0.0;
+            for (var i = thread; i < size; i += WORKGROUP_SIZE) {
+                squares += dot(y[start + i], y[start + i]);
+            }
+            scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
         }
-        let scale = inverseSqrt(workgroup_sum(thread, squares) / f32(K) + EPS);
         for (var i = thread; i < size; i += WORKGROUP_SIZE) {
             if SCALED { residual[start + i] *= norms[2u * size].x; }
-            residual[start + i] += y[start + i] * scale * norms[i];
+            residual[start + i] += y[start + i] * scale * select(norms[i], vec4(1.0), PLAIN);
         }
     }
     var squares = 0.0;

@@ -150,6 +150,12 @@ class Loader(Protocol):
     async def vectors(self, *names: str) -> Operand:
         """Load what is no matrix, float32 and one after the other, by their names in the table."""
 
+    async def derived(self, make: Callable[..., NDArray[np.float32]], *names: str) -> Operand:
+        """Load what `make` makes of tensors, by their names in the table: it is called once, with each as float32.
+
+        What is no matrix has its own shape, and a matrix is (rows, columns rounded up to whole blocks).
+        """
+
     async def depthwise(self, name: str) -> Operand:
         """Load a convolution of each channel by itself, by its name: float32 (height * width, channels)."""
 

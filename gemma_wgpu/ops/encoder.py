@@ -180,6 +180,10 @@ class EncoderStep:
         """Return a norm's weights on the GPU: the first n of float32 (2, n)."""
         return self._norms.pair(norm, None)
 
+    def norms(self, first: Norm | None, second: Norm | None) -> Buffer:
+        """Return the weights of two norms on the GPU, float32 (2, n); those of None are zeros."""
+        return self._norms.pair(first, second)
+
     def state(self, count: int, first: int = 0) -> Buffer:
         """Return the struct State of shaders/state.wgsl for `count` tokens from `first` on, in no ring."""
         if (count, first) not in self._states:

@@ -14,6 +14,7 @@ import numpy as np
 
 from gemma_wgpu.gpu.device import Buffer, Constants, Device
 from gemma_wgpu.ops.launch import Launch, Operand
+from gemma_wgpu.ops.layout import BLOCK, Layout
 from gemma_wgpu.ops.linear import Part
 from gemma_wgpu.ops.tuning import Tuning, usual_tuning
 
@@ -22,7 +23,18 @@ QUERY_ROWS = 16  # query heads times tokens in a workgroup of attention_prefill
 READ_STEP = 4096  # bytes that a workgroup of read takes at once
 STATE_WORDS = 8  # of the struct State of shaders/state.wgsl
 SUMMARY_BYTES = 16  # of the struct Summary of shaders/sampling.wgsl
+# By the encodings of GGUF files that import_blocks takes: whole words of their blocks, in bytes, and how many threads
+# import these.
+IMPORTED = {
+    "Q4_0": (36, 1),
+    "Q4_1": (20, 1),
+    "Q5_0": (44, 1),
+    "Q8_0": (68, 1),
+    "Q4_K": (144, 4),
+    "Q6_K": (420, 8),
+}
 _REDUCE = 64  # threads of the kernels that sum over a workgroup
+_NEIGHBOURS = 8  # queries in a workgroup of relative_attention
 _ALTUP_FLOOR = 1e-5  # of the mean square of a stream that is made as long as another one
 
 
@@ -152,6 +164,7 @@ class Kernels:
         size: int,
         eps: float,
         add: bool,
+        plain: bool = False,
         scaled: bool = False,
         max_count: int,
         last: bool = False,
@@ -159,10 +172,11 @@ class Kernels:
     ) -> Launch:
         """Norm the residual, after adding the norm of `y` to it if `add`; of the `last` token only, or of all.
 
-        The sum is `scaled` by what stands behind `norms`. `half` says what `out` holds, if not what the precision
-        says.
+        If `plain`, `y` is added as it is. The sum is `scaled` by what stands behind `norms`. `half` says what `out`
+        holds, if not what the precision says.
         """
         constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "EPS": eps, "ADD": add, "SCALED": scaled, "LAST": last}
+        constants |= {"PLAIN": plain}
         return self._launch("rms_norm", constants, (state, residual, y, norms, out), max_count, half=half)
 
     def matvec(self, part: Part, x: Operand, y: Operand) -> Launch:
@@ -230,6 +244,30 @@ class Kernels:
         operands = (part.quants, part.scales, state, x, bias or self.unread, y)
         grid = ceil_div(part.rows, 64), ceil_div(max_count, tokens)
         return self._launch("matmul", constants, operands, *grid, half=half)
+
+    def products(
+        self,
+        state: Operand,
+        w: Operand,
+        x: Operand,
+        y: Operand,
+        *,
+        rows: int,
+        cols: int,
+        scale: float = 1.0,
+        max_count: int,
+        half: bool,
+    ) -> Launch:
+        """Do what `matmul` does with a matrix (rows, cols) that a step has computed, of whole blocks of columns.
+
+        `half` says what it and `x` hold.
+        """
+        tokens = min(1 << (max_count - 1).bit_length(), 8) if self.tuning.cpu else 32  # of a tile
+        layout = Layout.F16 if half else Layout.F32
+        constants: dict[str, int | float | bool] = {"LAYOUT": int(layout), "K": cols, "FIRST_ROW": 0, "ROWS": rows}
+        constants |= {"TOKENS": tokens, "STRIDE": rows, "SCALE": scale, "BIAS": False}
+        operands = (w, self.unread, state, x, self.unread, y)
+        return self._launch("matmul", constants, operands, ceil_div(rows, 64), ceil_div(max_count, tokens), half=half)
 
     def quantize(
         self, state: Operand, x: Operand, q: Operand, factors: Operand, *, size: int, max_count: int
@@ -465,6 +503,121 @@ class Kernels:
             "average_pool", constants, (x, out), ceil_div(size // 4, 64), (side // window) ** 2, half=False
         )
 
+    def gather_patches(
+        self,
+        state: Operand,
+        x: Operand,
+        out: Operand,
+        *,
+        channels: int,
+        side: int,
+        kernel: int,
+        stride: int,
+        max_count: int,
+    ) -> Launch:
+        """Lay down side by side what a convolution with a square kernel sees of each pixel of an image.
+
+        The image has `side` x `side` pixels, and is padded as TensorFlow's "same" does.
+        """
+        columns = ceil_div(kernel**2 * channels, 32) * 32
+        constants = {"CHANNELS": channels, "STRIDE_OUT": columns} | _window(side, kernel, stride)
+        return self._launch("gather_patches", constants, (state, x, out), ceil_div(columns // 4, 64), max_count)
+
+    def depthwise(
+        self,
+        state: Operand,
+        x: Operand,
+        weight: Operand,
+        out: Operand,
+        *,
+        channels: int,
+        side: int,
+        kernel: int,
+        stride: int,
+        scale: float,
+        max_count: int,
+        half: bool,
+    ) -> Launch:
+        """Convolve each channel of an image by itself, padded as in `gather_patches`; `half` says what `x` holds."""
+        constants = {"CHANNELS": channels, "SCALE": scale} | _window(side, kernel, stride)
+        grid = ceil_div(channels // 4, 64), max_count
+        return self._launch("depthwise", constants, (state, x, weight, out), *grid, half=half)
+
+    def pixel_norm(
+        self,
+        state: Operand,
+        x: Operand,
+        norm: Operand,
+        out: Operand,
+        *,
+        size: int,
+        eps: float,
+        gelu: bool,
+        scale: float,
+        max_count: int,
+        half: bool,
+    ) -> Launch:
+        """Norm pixels of `size` channels, and take the GELU of that if `gelu`; `half` says what `out` holds."""
+        constants, grid = self._pixels(size, max_count)
+        constants |= {"K": size, "EPS": eps, "GELU": gelu, "SCALE": scale}
+        return self._launch("pixel_norm", constants, (state, x, norm, out), *grid, half=half)
+
+    def block_end(
+        self,
+        state: Operand,
+        y: Operand,
+        norm: Operand,
+        residual: Operand | None,
+        out: Operand,
+        copy: Operand | None,
+        *,
+        size: int,
+        eps: float | None,
+        scale: float,
+        max_count: int,
+    ) -> Launch:
+        """Scale what a block made of pixels of `size` channels, after norming it unless `eps` is None.
+
+        It is added to the `residual` if there is one, and `copy`, if there is one, is `scale` times the sum, half.
+        """
+        constants, grid = self._pixels(size, max_count)
+        constants |= {"K": size, "EPS": eps or 0.0, "NORMED": eps is not None, "ADD": residual is not None}
+        constants |= {"COPY": copy is not None, "SCALE": scale}
+        operands = (state, y, norm, residual or self.unread, out, copy or self.unwritten)
+        return self._launch("block_end", constants, operands, *grid)
+
+    def softmax(self, state: Operand, x: Operand, out: Operand, *, size: int, max_count: int) -> Launch:
+        """Take the softmax of rows of `size` numbers, and fill them up with zeros to whole blocks of 32."""
+        constants, grid = self._pixels(size, max_count)
+        constants |= {"K": size, "STRIDE": ceil_div(size, 32) * 32}
+        return self._launch("softmax", constants, (state, x, out), *grid)
+
+    def transpose(self, state: Operand, x: Operand, out: Operand, *, size: int, count: int) -> Launch:
+        """Make rows of the columns of (count, size), and fill them up with zeros to whole blocks of 32."""
+        stride = ceil_div(count, 32) * 32
+        grid = ceil_div(stride // 4, 64), size
+        return self._launch("transpose", {"SIZE": size, "STRIDE": stride}, (state, x, out), *grid)
+
+    def join_scales(
+        self,
+        fine: Operand,
+        coarse: Operand,
+        out: Operand,
+        *,
+        sizes: tuple[int, int],
+        sides: tuple[int, int],
+    ) -> Launch:
+        """Put the channels of a coarse image, enlarged, behind those of a fine one, whose sizes come first."""
+        constants = {"FINE": sizes[0], "COARSE": sizes[1], "SIDE": sides[0], "COARSE_SIDE": sides[1]}
+        return self._launch(
+            "join_scales", constants, (fine, coarse, out), ceil_div(sum(sizes) // 4, 64), sides[0] ** 2
+        )
+
+    def _pixels(self, size: int, count: int) -> tuple[dict[str, int | float | bool], tuple[int, int]]:
+        """Return the threads that work on `count` pixels of `size` channels, and a grid of workgroups for them."""
+        lanes = 1 if self.tuning.on_cpu else 16 if size < 512 else 64
+        return {"WORKGROUP_SIZE": _REDUCE, "LANES": lanes}, self._spread(ceil_div(count, _REDUCE // lanes))
+
     def qk_norm_rope(
         self,
         shape: AttentionShape,
@@ -510,6 +663,113 @@ class Kernels:
         operands = (state, queries, keys, values, key_cache, value_cache, out, reach or self.unread)
         tiles = ceil_div(max_count, QUERY_ROWS // (shape.heads // shape.kv_heads))
         return self._launch("attention_prefill", constants, operands, tiles, shape.kv_heads)
+
+    def subsample(
+        self,
+        state: Operand,
+        x: Operand,
+        weight: Operand,
+        out: Operand,
+        moments: Operand,
+        *,
+        bands: int,
+        channels: tuple[int, int],
+        max_count: int,
+        half: bool,
+    ) -> Launch:
+        """Convolve a sound and halve its frames and bands; `channels` are those before and after.
+
+        `half` says what `x` holds.
+        """
+        constants = {"WORKGROUP_SIZE": _REDUCE, "BANDS": bands, "IN": channels[0], "OUT": channels[1]}
+        operands = (state, x, weight, out, moments)
+        return self._launch("subsample", constants, operands, ceil_div(max_count, 2), half=half)
+
+    def running_moments(self, state: Operand, moments: Operand, running: Operand, *, size: int, eps: float) -> Launch:
+        """Sum up the moments of frames of `size` numbers, each with those before it."""
+        constants = {"WORKGROUP_SIZE": _REDUCE, "SIZE": size, "EPS": eps}
+        return self._launch("running_moments", constants, (state, moments, running), 1, half=False)
+
+    def cumulative_norm(
+        self,
+        state: Operand,
+        x: Operand,
+        running: Operand,
+        weight: Operand,
+        out: Operand,
+        *,
+        bands: int,
+        channels: int,
+        max_count: int,
+    ) -> Launch:
+        """Norm each frame by what `running_moments` found, and leave out what is below zero."""
+        grid = ceil_div(bands * channels // 4, 64), max_count
+        constants = {"BANDS": bands, "CHANNELS": channels}
+        return self._launch("cumulative_norm", constants, (state, x, running, weight, out), *grid)
+
+    def silu(self, state: Operand, x: Operand, out: Operand, *, size: int, scale: float, max_count: int) -> Launch:
+        """Take the SiLU of vectors of `size` numbers."""
+        grid = ceil_div(size // 4, 64), max_count
+        return self._launch("silu", {"SIZE": size, "SCALE": scale}, (state, x, out), *grid)
+
+    def light_convolution(
+        self,
+        state: Operand,
+        x: Operand,
+        weight: Operand,
+        norm: Operand,
+        out: Operand,
+        *,
+        size: int,
+        taps: int,
+        eps: float,
+        max_count: int,
+    ) -> Launch:
+        """Gate vectors of `size` numbers, convolve them over `taps` frames, norm them and take the SiLU."""
+        constants = {"WORKGROUP_SIZE": _REDUCE, "K": size, "TAPS": taps, "EPS": eps}
+        return self._launch("light_convolution", constants, (state, x, weight, norm, out), max_count)
+
+    def relative_attention(
+        self,
+        state: Operand,
+        qkv: Operand,
+        scale: Operand,
+        position: Operand,
+        out: Operand,
+        *,
+        heads: int,
+        head_dim: int,
+        past: int,
+        future: int,
+        cap: float,
+        max_count: int,
+    ) -> Launch:
+        """Let each token attend to `past` tokens before it, itself and `future` ones after it, by their places."""
+        constants = {"PAST": past, "SPAN": past + 1 + future, "CAP": cap, "HEADS": heads, "VECTORS": head_dim // 4}
+        constants |= {"WORKGROUP_SIZE": _REDUCE, "QUERIES": _NEIGHBOURS}
+        operands = (state, qkv, scale, position, out)
+        return self._launch("relative_attention", constants, operands, ceil_div(max_count, _NEIGHBOURS), heads)
+
+    def take_rows(
+        self,
+        state: Operand,
+        x: Operand,
+        filler: Operand,
+        out: Operand,
+        *,
+        size: int,
+        stride: int = 1,
+        row: int = 0,
+        rows: int,
+    ) -> Launch:
+        """Copy each row of `size` numbers whose index is a multiple of `stride`; `rows` are those of `out`.
+
+        Where there are fewer, row number `row` of `filler` stands in.
+        """
+        constants = {"K": size, "STRIDE": stride, "ROW": row}
+        return self._launch(
+            "take_rows", constants, (state, x, filler, out), ceil_div(size // 4, 64), rows, half=False
+        )
 
     def cache_write(
         self,
@@ -607,9 +867,38 @@ class Kernels:
         constants = {"SIZE": words.size // (READ_STEP * workgroups)}
         return self._launch("read", constants, (words, out), workgroups, half=False)
 
+    def import_blocks(self, encoding: str, run: Operand, raw: Buffer, part: Part) -> Launch:
+        """Make rows of `part` out of blocks of a GGUF file's `encoding`, one of IMPORTED.
+
+        `run` is the struct Run of shaders/import_run.wgsl: which blocks of `part`, u32, and how many. They lie in
+        `raw`, and there are no more of them than fit into it.
+        """
+        nbytes, threads = IMPORTED[encoding]
+        grid = self._spread(ceil_div(ceil_div(raw.size, nbytes) * threads, 64))
+        operands = (run, raw, part.quants, part.scales)
+        return self._launch(f"import_{encoding.lower()}", {}, operands, *grid, half=False)
+
+    def import_quantize(self, source: Layout, run: Operand, raw: Buffer, part: Part, faults: Operand) -> Launch:
+        """Round plain floats, in the layout `source`, to rows of `part`, which is INT8 or INT4.
+
+        `run` and `raw` are those of `import_blocks`, with blocks of 32. `faults`, u32, becomes 1 if a weight is not
+        finite or too large for float16 scales.
+        """
+        grid = self._spread(ceil_div(ceil_div(raw.size, 2 * BLOCK * source.bits // 8), 64))
+        operands = (run, raw, part.quants, part.scales, faults)
+        constants = {"SOURCE": int(source), "LAYOUT": int(part.layout)}
+        return self._launch("import_quantize", constants, operands, *grid, half=False)
+
 
 def _weights(part: Part) -> dict[str, int | float | bool]:
     return {"LAYOUT": int(part.layout), "K": part.cols, "FIRST_ROW": part.first_row, "ROWS": part.rows}
+
+
+def _window(side: int, kernel: int, stride: int) -> dict[str, int | float | bool]:
+    """Return where a convolution looks at: as TensorFlow's "same", which pads the end by one more if it must."""
+    out = ceil_div(side, stride)
+    pad = max((out - 1) * stride + kernel - side, 0) // 2
+    return {"KERNEL": kernel, "STRIDE": stride, "PAD": pad, "SIDE": side, "OUT_SIDE": out}
 
 
 def _heads(shape: AttentionShape) -> dict[str, int | float | bool]:

@@ -19,6 +19,7 @@ class Case:
     half: bool
     last: bool = False
     scaled: bool = False
+    plain: bool = False
 
 
 CASES = tuple(
@@ -33,6 +34,8 @@ CASES = tuple(
         Case(2048, 3, 4, add=True, half=half, scaled=True),
         Case(192, 5, 5, add=True, half=half, scaled=True),
         Case(36, 4, 1, add=True, half=half, last=True, scaled=True),
+        Case(1536, 3, 4, add=True, half=half, plain=True),
+        Case(36, 2, 2, add=True, half=half, scaled=True, plain=True),
     )
 )
 
@@ -62,6 +65,7 @@ async def check(device: Device, case: Case) -> None:
                 eps=eps,
                 add=case.add,
                 scaled=case.scaled,
+                plain=case.plain,
                 max_count=case.max_count,
                 last=case.last,
             )
@@ -74,7 +78,9 @@ async def check(device: Device, case: Case) -> None:
     tokens = slice(case.count - 1 if case.last else 0, case.count)
     count = tokens.stop - tokens.start
     if case.add:
-        added = normalize(y[tokens].astype(np.float64), post_weight, eps)
+        added = y[tokens].astype(np.float64)
+        if not case.plain:
+            added = normalize(added, post_weight, eps)
         if case.scaled:
             expected[tokens] *= norms[-1]
         error[tokens] = F32 * (np.abs(expected[tokens]) + np.abs(added))
