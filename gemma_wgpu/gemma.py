@@ -31,6 +31,7 @@ from gemma_wgpu.ops.kv_cache import Lease
 from gemma_wgpu.ops.tuner import tuned
 from gemma_wgpu.options import OptionFields, Options, check_count
 from gemma_wgpu.progress import OnProgress, Progress
+from gemma_wgpu.sources import content_key
 from gemma_wgpu.tokens.chat import text_with_images
 from gemma_wgpu.tokens.messages import Message
 from gemma_wgpu.tokens.tokenizer import Tokenizer
@@ -302,7 +303,7 @@ class Gemma:
             if isinstance(source, str) and source.startswith(("http://", "https://")):
                 source = fetch_picture(source, private=True)
             views = vision.views(source, pan_and_scan=pan_and_scan)
-            images += [Medium(pixels, pictures.key(pixels)) for pixels in views]
+            images += [Medium(pixels, content_key(pixels)) for pixels in views]
             crops.append(len(views) - 1)
         return images, crops
 

@@ -5,25 +5,21 @@ Pillow is imported when the first picture comes, so that whoever uses text alone
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_wgpu.errors import RequestError
 from gemma_wgpu.options import Range
+from gemma_wgpu.sources import file_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,19 +29,13 @@ MOST_PIXELS = 100_000_000
 """A picture may have so many pixels."""
 MOST_SIDE = 65_535
 """A picture may be so many pixels wide or high. Beyond that, making it smaller takes gigabytes of memory."""
-MOST_BYTES = 50_000_000
-"""The file of a picture may have so many bytes."""
 
 _KINDS = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 _TAKEN = (
     "a PIL image, a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4), the bytes of an image file, a path, or a "
     "data: URI"
 )
-_LONGEST_PATH = 4096  # characters
 _PICTURE = "the picture"
-_WEB = re.compile(r"https?://", re.IGNORECASE)
-_FILE = re.compile(r"file:", re.IGNORECASE)
-_DATA = re.compile(r"data:", re.IGNORECASE)
 
 # Pictures are decoded one at a time: a large one takes a gigabyte, and Python's way to silence warnings is not made
 # for several threads.
@@ -69,14 +59,7 @@ def opened(source: object, *, files: bool = True) -> Image:
         return _rgb(source, _PICTURE)
     if isinstance(source, np.ndarray):
         return _rgb(_from_array(source), _PICTURE)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _decoded(bytes(source), _PICTURE)
-    if isinstance(source, str) and _DATA.match(source):
-        return _decoded(_from_data_uri(source), _PICTURE)
-    if isinstance(source, str | Path):
-        path = _path(source, files)
-        return _decoded(_read(path), str(path))
-    raise RequestError(f"{_PICTURE} is of type {type(source).__name__}; give {_TAKEN}")
+    return _decoded(*file_bytes(source, "picture", _TAKEN, files=files))
 
 
 def prepared(image: Image, size: int, *, mean: float = 0.5, deviation: float = 0.5) -> NDArray[np.float32]:
@@ -161,15 +144,6 @@ def normalized(source: object, size: int) -> NDArray[np.float32] | None:
     return pixels
 
 
-def key(pixels: NDArray[np.float32]) -> int:
-    """Return a number that stands for the content of prepared pixels: below 0, and at least -2**62.
-
-    It is -1 minus the first 62 bits of the SHA-256 of the pixels, so it never is a token's id.
-    """
-    digest = hashlib.sha256(np.ascontiguousarray(pixels, dtype="<f4").tobytes()).digest()
-    return -1 - (int.from_bytes(digest[:8], "big") >> 2)
-
-
 def _pil() -> ModuleType:
     """Return the module PIL.Image. Raises RequestError if Pillow is not installed."""
     try:
@@ -177,57 +151,6 @@ def _pil() -> ModuleType:
     except ImportError:
         raise RequestError("pictures need Pillow, which is not installed; pip install pillow") from None
     return Image
-
-
-def _path(source: str | Path, files: bool) -> Path:
-    """Return the path that a source is. Raises RequestError if it is not one, or if paths are not taken."""
-    text = str(source)
-    if _WEB.match(text):
-        raise RequestError(
-            f"{_PICTURE} is a web address, which has to be fetched first; give the bytes that "
-            "gemma_wgpu.fetch.pictures.fetch_picture returns"
-        )
-    if not files:
-        raise RequestError(f"{_PICTURE} is a path, or a text that means nothing; only data: URIs are taken here")
-    if _FILE.match(text):
-        raise RequestError(f"{_PICTURE} is a file: address; give the path instead")
-    if len(text) > _LONGEST_PATH:
-        raise RequestError(f"{_PICTURE} is a text of {len(text):,} characters, which is no path; give {_TAKEN}")
-    return Path(source)
-
-
-def _read(path: Path) -> bytes:
-    """Return the bytes of a file. Raises RequestError if there is none, or if it is above MOST_BYTES."""
-    try:
-        path = path.expanduser()
-        if not path.exists():
-            raise RequestError(f"{path}: there is no such file")
-        if not path.is_file():  # a device could be endless
-            raise RequestError(f"{path}: this is no file; give the path of a picture")
-        with path.open("rb") as file:
-            return file.read(MOST_BYTES + 1)
-    except RequestError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise RequestError(f"{path}: it cannot be read ({why})") from error
-
-
-def _from_data_uri(uri: str) -> bytes:
-    """Return the bytes in a data: URI. Raises RequestError if it is damaged or above MOST_BYTES."""
-    head, comma, body = uri.partition(",")
-    if not comma:
-        raise RequestError(f"{_PICTURE}: its data: URI has no comma, so it has no data")
-    if len(body) > MOST_BYTES * 4 // 3 + 4:  # four characters of base64 are three bytes
-        raise _too_large(_PICTURE)
-    try:
-        data = unquote_to_bytes(body)
-        if not head.lower().rstrip().endswith(";base64"):
-            return data
-        data = b"".join(data.split())
-        return base64.b64decode(data.rstrip(b"=") + b"=" * (-len(data.rstrip(b"=")) % 4), validate=True)
-    except ValueError as error:
-        raise RequestError(f"{_PICTURE}: its data: URI is damaged ({error})") from error
 
 
 def _from_array(array: NDArray[np.generic]) -> Image:
@@ -245,10 +168,6 @@ def _from_array(array: NDArray[np.generic]) -> Image:
 
 def _decoded(data: bytes, name: str) -> Image:
     """Return the picture in the bytes of an image file. `name` begins the sentence of a RequestError."""
-    if not data:
-        raise RequestError(f"{name}: there is nothing in it; give a picture")
-    if len(data) > MOST_BYTES:
-        raise _too_large(name)
     reader = _reader(data)
     if reader is None:
         raise RequestError(f"{name}: this is no picture of a kind that can be read; give {_KINDS}")
@@ -333,10 +252,6 @@ def _check_size(width: int, height: int, name: str) -> None:
             f"{name}: it has {width:,} x {height:,} pixels; make it smaller first, as {MOST_PIXELS:,} in all and "
             f"{MOST_SIDE:,} on a side are the limits"
         )
-
-
-def _too_large(name: str) -> RequestError:
-    return RequestError(f"{name}: it has more than {MOST_BYTES:,} bytes, which is the limit; make it smaller first")
 
 
 @contextmanager

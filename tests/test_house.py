@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "gemma_wgpu"
 # From the ground up. Rooms of one floor do not know each other; the files on the ground are rooms of their own.
 FLOORS = (
     ("errors", "html", "progress", "files"),
-    ("options",),
-    ("gpu", "pictures"),
+    ("options", "sources"),
+    ("gpu", "pictures", "sounds"),
     ("ops", "tokens"),
     ("models",),
     ("weights",),

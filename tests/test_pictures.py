@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from gemma_wgpu import pictures
+from gemma_wgpu import pictures, sources
 from gemma_wgpu.errors import RequestError
-from gemma_wgpu.pictures import MOST_BYTES, crops, key, normalized, opened, prepared
+from gemma_wgpu.pictures import crops, normalized, opened, prepared
+from gemma_wgpu.sources import MOST_BYTES, content_key
 from tests.broken_pictures import BROKEN, chunk, encoded, picture, png
 
 Pixels = NDArray[np.uint8]
@@ -183,14 +184,14 @@ def test_floats_that_are_not_finite_are_refused(value: float) -> None:
 def test_the_key_is_a_hash_of_the_content() -> None:
     pixels = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
     bits = f"{int(hashlib.sha256(pixels.tobytes()).hexdigest(), 16):0256b}"
-    assert key(pixels) == -1 - int(bits[:62], 2)
-    assert key(pixels) == key(pixels.copy()) == key(np.asfortranarray(pixels))
+    assert content_key(pixels) == -1 - int(bits[:62], 2)
+    assert content_key(pixels) == content_key(pixels.copy()) == content_key(np.asfortranarray(pixels))
     keys = set()
     for place in range(pixels.size):
         other = pixels.copy()
         other.flat[place] = 2
-        keys.add(key(other))
-    assert len(keys) == pixels.size and key(pixels) not in keys
+        keys.add(content_key(other))
+    assert len(keys) == pixels.size and content_key(pixels) not in keys
     assert all(-(2**62) <= found < 0 for found in keys)
 
 
@@ -411,7 +412,7 @@ def test_the_limits_themselves_are_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     data = encoded(picture(), "PNG")
     monkeypatch.setattr(pictures, "MOST_PIXELS", 60 * 40)
     monkeypatch.setattr(pictures, "MOST_SIDE", 60)
-    monkeypatch.setattr(pictures, "MOST_BYTES", len(data))
+    monkeypatch.setattr(sources, "MOST_BYTES", len(data))
     assert opened(data).size == (60, 40)
     assert opened("data:;base64," + base64.b64encode(data).decode()).size == (60, 40)
     monkeypatch.setattr(pictures, "MOST_SIDE", 59)
@@ -425,7 +426,7 @@ def test_large_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     data = path.read_bytes()
     assert refusal(path).startswith(f"{path}: it has more than 50,000,000 bytes")
     assert "50,000,000" in refusal(data)
-    monkeypatch.setattr(pictures, "unquote_to_bytes", None)
+    monkeypatch.setattr(sources, "unquote_to_bytes", None)
     assert "50,000,000" in refusal("data:;base64," + "A" * (MOST_BYTES // 3 * 4 + 8))
 
 

@@ -19,7 +19,7 @@ from threading import Thread
 from urllib.parse import quote, urljoin, urlsplit
 
 from gemma_wgpu.errors import RequestError
-from gemma_wgpu.pictures import MOST_BYTES
+from gemma_wgpu.sources import MOST_BYTES
 
 MOST_REDIRECTS = 3
 SECONDS = 10.0
