@@ -11,7 +11,7 @@ from typing import Any, Self, Unpack, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu import html, pictures
+from gemma_wgpu import html, sounds
 from gemma_wgpu.engine import session
 from gemma_wgpu.engine.generation import Generation, Generations
 from gemma_wgpu.engine.prompt import Medium, Prompt, runs
@@ -26,14 +26,14 @@ from gemma_wgpu.fetch.pictures import fetch_picture
 from gemma_wgpu.gpu import open_device, open_device_sync
 from gemma_wgpu.gpu.device import Adapter, AdapterInfo, Device
 from gemma_wgpu.gpu.ledger import Ledger
-from gemma_wgpu.models.spec import Config, Family, Kind, LanguageModel, VisionModel
+from gemma_wgpu.models.spec import Config, Family, Kind, LanguageModel, Tower, VisionModel
 from gemma_wgpu.ops.kv_cache import Lease
 from gemma_wgpu.ops.tuner import tuned
 from gemma_wgpu.options import OptionFields, Options, check_count
 from gemma_wgpu.progress import OnProgress, Progress
 from gemma_wgpu.sources import content_key
-from gemma_wgpu.tokens.chat import text_with_images
-from gemma_wgpu.tokens.messages import Message
+from gemma_wgpu.tokens.chat import MediumTokens, text_with_media
+from gemma_wgpu.tokens.messages import MediumPart, Message
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.weights.checkpoint import Weights
 from gemma_wgpu.weights.upload import Upload
@@ -134,6 +134,7 @@ class Gemma:
         prompt: str | Sequence[int] | Prompt,
         *,
         images: Iterable[object] = ...,
+        audio: Iterable[object] = ...,
         pan_and_scan: bool = ...,
         progress: OnProgress | None = ...,
         options: Options | None = ...,
@@ -146,6 +147,7 @@ class Gemma:
         prompt: list[str] | list[list[int]],
         *,
         images: Iterable[Iterable[object]] = ...,
+        audio: Iterable[Iterable[object]] = ...,
         pan_and_scan: bool = ...,
         progress: OnProgress | None = ...,
         options: Options | None = ...,
@@ -158,6 +160,7 @@ class Gemma:
         prompt: str | Sequence[int] | Prompt | list[str] | list[list[int]],
         *,
         images: Iterable[Any] = (),
+        audio: Iterable[Any] = (),
         pan_and_scan: bool = False,
         progress: OnProgress | None = None,
         options: Options | None = None,
@@ -172,23 +175,26 @@ class Gemma:
         For a list it returns Generations: up to `batch_size` texts are computed side by side, and the next one begins
         when one ends. Text i is what prompt i alone would yield with the seed `seed + i`.
 
-        `images` are those of the prompt, or a list for each prompt of a list; `prompt` says what they and
-        `pan_and_scan` are. `progress` is told how far the encoding of an image is.
+        `images` and `audio` are those of the prompt, or a list for each prompt of a list; `prompt` says what they and
+        `pan_and_scan` are. `progress` is told how far the encoding of an image or a sound is.
 
         Raises RequestError for a prompt that is empty, an id outside the vocabulary, or an option out of its range,
         ContextError for a prompt that is longer than the context, and DeviceError if the model was closed.
         """
-        options, images = replace(options or Options(), **fields), _listed(images)
+        options = replace(options or Options(), **fields)
+        images, audio = _listed(images, "images"), _listed(audio, "audio")
         if not _is_batch(prompt):
-            one = self.prompt(cast("_Prompt", prompt), images, pan_and_scan=pan_and_scan)
+            one = self.prompt(cast("_Prompt", prompt), images, audio, pan_and_scan=pan_and_scan)
             return Generation(self.scheduler, self.request(one, options, progress=progress))
         check_count("batch_size", batch_size, 1, MOST_SIDE_BY_SIDE)
         prompts = cast("list[_Prompt]", prompt)
-        if images and len(images) != len(prompts):
-            raise RequestError(f"there are {len(images)} lists of images for {len(prompts)} prompts")
+        for name, given in (("images", images), ("audio", audio)):
+            if given and len(given) != len(prompts):
+                raise RequestError(f"there are {len(given)} lists of {name} for {len(prompts)} prompts")
         requests = []
         for index, each in enumerate(prompts):
-            one = self.prompt(each, images[index] if images else (), pan_and_scan=pan_and_scan)
+            seen, heard = images[index] if images else (), audio[index] if audio else ()
+            one = self.prompt(each, seen, heard, pan_and_scan=pan_and_scan)
             requests.append(self.request(one, options.for_text(index), progress=progress))
         return Generations(self.scheduler, requests, batch_size)
 
@@ -230,9 +236,9 @@ class Gemma:
     ) -> Generation | Generations:
         """Reply to `messages`: a user's text or a list of {"role": ..., "content": ...}, or to a list of such.
 
-        Roles are "system" (first only), "user" and "assistant", by turns. A user's content may have images; see
-        `chat_prompt`, which `pan_and_scan` is for too. Options, results and errors are those of `generate`; a
-        RequestError also names a message that is out of order.
+        Roles are "system" (first only), "user" and "assistant", by turns. A user's content may have images and
+        sounds; see `chat_prompt`, which `pan_and_scan` is for too. Options, results and errors are those of
+        `generate`; a RequestError also names a message that is out of order.
 
         A Gemma 4 thinks before it answers if `thinking` is "show", and its thoughts are part of the text, or "hide",
         and they are not. `Generation.answer` has the text without them, and `thought` has them alone. They count in
@@ -251,12 +257,16 @@ class Gemma:
     ) -> list[int]:
         """Return the ids of the prompt that `chat` makes of messages, in which image i has `crops[i]` crops.
 
-        No image is opened. Raises RequestError as `chat` does.
+        No image and no sound is opened. Raises RequestError as `chat` does.
         """
-        tokens = self.vision.tokens if self.vision else None
         return self.family.chat.encode(
-            self.tokenizer, _messages(messages), thinking=wants(thinking), images=tokens, crops=crops
+            self.tokenizer, _messages(messages), thinking=wants(thinking), media=self.media_tokens, crops=crops
         )
+
+    @property
+    def media_tokens(self) -> dict[str, MediumTokens]:
+        """Return the ids that images and sounds are in a prompt, by "image" and "sound", as far as they are read."""
+        return {noun: tower.tokens for noun, tower in self.runner.model.towers.items()}
 
     def chat_prompt(
         self, messages: str | Sequence[Message], *, thinking: str = "off", pan_and_scan: bool = False
@@ -264,48 +274,66 @@ class Gemma:
         """Return the prompt that `chat` makes of messages.
 
         A part of a user's content may be {"type": "image"} with one of "image" (a PIL image, a numpy array or the
-        bytes of a file), "path", "url" (https:, or data:) and "base64". With `pan_and_scan`, a long image is followed
-        by crops of it, in which the model sees more. Raises RequestError as `chat` does, and for an image that cannot
-        be read.
+        bytes of a file), "path", "url" (https:, or data:) and "base64", or {"type": "audio"} with one of "audio" (see
+        `sounds.opened`), "path", "url" (data:) and "base64". With `pan_and_scan`, a long image is followed by crops
+        of it, in which the model sees more. Raises RequestError as `chat` does, and for an image or a sound that
+        cannot be read.
         """
         messages = _messages(messages)
-        sources = self.family.chat.images(messages)
-        self.chat_ids(messages, thinking=thinking)  # what is wrong with the messages is said before images are read
-        images, crops = self._images(sources, pan_and_scan)
+        parts = self.family.chat.media(messages)
+        self.chat_ids(messages, thinking=thinking)  # what is wrong with the messages is said before files are read
+        media, crops = self._media(parts, pan_and_scan)
         thoughts = Thoughts.of(self.family.chat, self.tokenizer, thinking)
-        return Prompt(self.chat_ids(messages, thinking=thinking, crops=crops), images, thoughts)
+        return Prompt(self.chat_ids(messages, thinking=thinking, crops=crops), media, thoughts)
 
     def prompt(
-        self, prompt: str | Sequence[int] | Prompt, images: Iterable[object] = (), *, pan_and_scan: bool = False
+        self,
+        prompt: str | Sequence[int] | Prompt,
+        images: Iterable[object] = (),
+        audio: Iterable[object] = (),
+        *,
+        pan_and_scan: bool = False,
     ) -> Prompt:
         """Return a prompt with images: PIL images, numpy arrays, bytes of files, paths, or data: or https: addresses.
 
-        A text has `<start_of_image>` where an image stands. With `pan_and_scan`, a long image is followed by crops of
-        it, in which the model sees more. Ids have all soft tokens of images in their places, and no crops; an image
-        may then also be float32 (3, size, size), normalised already. Raises RequestError if a text does not have as
-        many images, if an image cannot be read, or if the model reads text only.
+        `audio` are its sounds: bytes of files, paths, data: addresses, arrays of samples, or (array, rate).
+
+        A text has `<start_of_image>` where an image stands, and `<start_of_audio>` where a sound does. With
+        `pan_and_scan`, a long image is followed by crops of it, in which the model sees more. Ids have all soft
+        tokens in their places, and no crops; an image may then also be float32 (3, size, size), normalised already,
+        and a sound may be log-mel features, float32 (frames, 128). Raises RequestError if a text does not have as
+        many images and sounds, if one cannot be read, or if the model does not read such things.
         """
         if isinstance(prompt, Prompt):
             return prompt
-        images = _listed(images)
-        if not images:
+        parts = [MediumPart("image", image) for image in _listed(images, "images")]
+        parts += [MediumPart("sound", sound) for sound in _listed(audio, "audio")]
+        if not parts:
             return Prompt(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-        found, crops = self._images(images, pan_and_scan and isinstance(prompt, str))
+        found, crops = self._media(parts, pan_and_scan and isinstance(prompt, str))
         if isinstance(prompt, str):
-            prompt = text_with_images(self.tokenizer, prompt, self._seeing().tokens, crops)
+            sounding = sum(medium.noun == "sound" for medium in found)
+            prompt = text_with_media(self.tokenizer, prompt, self.media_tokens, sounding, crops)
         return Prompt(prompt, found)
 
-    def _images(self, sources: Sequence[object], pan_and_scan: bool) -> tuple[list[Medium], list[int]]:
-        """Return all images that are read, crops among them, and how many crops each source has."""
-        images, crops = [], []
-        for source in sources:
+    def _media(self, parts: Sequence[MediumPart], pan_and_scan: bool) -> tuple[list[Medium], list[int]]:
+        """Return all images and sounds, crops of images among them, and how many crops each image has."""
+        media: list[Medium] = []
+        crops = []
+        for part in parts:
+            source = part.source
+            if part.noun == "sound":
+                self._hearing()
+                features = sounds.features_of(source)
+                media.append(Medium(features, content_key(features), "sound"))
+                continue
             vision = self._seeing()
             if isinstance(source, str) and source.startswith(("http://", "https://")):
                 source = fetch_picture(source, private=True)
             views = vision.views(source, pan_and_scan=pan_and_scan)
-            images += [Medium(pixels, content_key(pixels)) for pixels in views]
+            media += [Medium(pixels, content_key(pixels)) for pixels in views]
             crops.append(len(views) - 1)
-        return images, crops
+        return media, crops
 
     @property
     def vision(self) -> VisionModel | None:
@@ -317,6 +345,13 @@ class Gemma:
             raise RequestError(f"{self.name} reads text only, and takes no images; load a model with a vision tower")
         return self.vision
 
+    def _hearing(self) -> Tower:
+        if self.runner.model.audio is None:
+            raise RequestError(
+                f"{self.name} has no ears, and takes no sounds; load a model that hears, as Gemma 3n does"
+            )
+        return self.runner.model.audio
+
     def image_features(self, image: object, *, progress: OnProgress | None = None) -> NDArray[np.float32]:
         """Return what takes the place of an image's soft tokens: float32 (tokens, hidden_size).
 
@@ -327,8 +362,23 @@ class Gemma:
 
     async def image_features_async(self, image: object, *, progress: OnProgress | None = None) -> NDArray[np.float32]:
         """Do what `image_features` does, for an event loop."""
+        return await self._features_of(MediumPart("image", image), progress)
+
+    def audio_features(self, sound: object, *, progress: OnProgress | None = None) -> NDArray[np.float32]:
+        """Return what takes the place of a sound's soft tokens: float32 (tokens, hidden_size).
+
+        `sound` is one of those that `prompt` takes. Raises RequestError if it cannot be read, or if the model has no
+        ears.
+        """
+        return self.device.wait(self.audio_features_async(sound, progress=progress))
+
+    async def audio_features_async(self, sound: object, *, progress: OnProgress | None = None) -> NDArray[np.float32]:
+        """Do what `audio_features` does, for an event loop."""
+        return await self._features_of(MediumPart("sound", sound), progress)
+
+    async def _features_of(self, part: MediumPart, progress: OnProgress | None) -> NDArray[np.float32]:
         self._check_open()
-        [found], _ = self._images([image], False)
+        [found], _ = self._media([part], False)
         return (await self._features(Prompt((), [found]), None, progress))[found.key]
 
     async def _features(self, prompt: Prompt, lease: Lease | None, progress: OnProgress | None = None) -> Features:
@@ -359,19 +409,29 @@ class Gemma:
     # What looks inside.
 
     def logits(
-        self, ids: Sequence[int] | Prompt, *, images: Iterable[object] = (), last: int | None = None
+        self,
+        ids: Sequence[int] | Prompt,
+        *,
+        images: Iterable[object] = (),
+        audio: Iterable[object] = (),
+        last: int | None = None,
     ) -> NDArray[np.float32]:
         """Return what the model thinks comes after each of `ids`, or the `last` of them: (len(ids), vocab_size).
 
-        `images` are those whose soft tokens are among the ids; see `prompt`. Raises RequestError as `generate` does.
+        `images` and `audio` are those whose soft tokens are among the ids; see `prompt`. Raises RequestError as `generate` does.
         """
-        return self.device.wait(self.logits_async(ids, images=images, last=last))
+        return self.device.wait(self.logits_async(ids, images=images, audio=audio, last=last))
 
     async def logits_async(
-        self, ids: Sequence[int] | Prompt, *, images: Iterable[object] = (), last: int | None = None
+        self,
+        ids: Sequence[int] | Prompt,
+        *,
+        images: Iterable[object] = (),
+        audio: Iterable[object] = (),
+        last: int | None = None,
     ) -> NDArray[np.float32]:
         """Do what `logits` does, for an event loop."""
-        prompt = self.prompt(ids, images)
+        prompt = self.prompt(ids, images, audio)
         count = len(self._checked(prompt))
         if last is not None:
             check_count("last", last, 1, count)
@@ -384,13 +444,18 @@ class Gemma:
         return logits
 
     async def logit_rows(
-        self, ids: Sequence[int] | Prompt, *, images: Iterable[object] = (), first: int = 0
+        self,
+        ids: Sequence[int] | Prompt,
+        *,
+        images: Iterable[object] = (),
+        audio: Iterable[object] = (),
+        first: int = 0,
     ) -> AsyncIterator[NDArray[np.float32]]:
         """Yield the `logits` after the ids from `first` on, some rows at a time, since all may be more than fit.
 
         Raises RequestError as `generate` does, and for a `first` that is not the index of an id.
         """
-        prompt = self.prompt(ids, images)
+        prompt = self.prompt(ids, images, audio)
         checked = self._checked(prompt)
         check_count("first", first, 0, len(checked) - 1)
         runner, lock = self.runner, self.device.lock
@@ -423,24 +488,24 @@ class Gemma:
                 lease.release()
 
     def attention(
-        self, ids: Sequence[int] | Prompt, layer: int, *, images: Iterable[object] = ()
+        self, ids: Sequence[int] | Prompt, layer: int, *, images: Iterable[object] = (), audio: Iterable[object] = ()
     ) -> NDArray[np.float32]:
         """Return where the heads of a layer look: float32 (heads, len(ids), len(ids)).
 
         `[h, i, j]` is the share of its attention that head `h` at token `i` gives to token `j`; a row sums up to 1. A
-        layer is global or sees `config.sliding_window` tokens, as `config.layer_types` says. `images` are those whose
-        soft tokens are among the ids; see `prompt`.
+        layer is global or sees `config.sliding_window` tokens, as `config.layer_types` says. `images` and
+        `audio` are those whose soft tokens are among the ids; see `prompt`.
 
         Raises RequestError as `generate` does, for a layer that does not exist, and for more ids than
         `prefill_chunk`.
         """
-        return self.device.wait(self.attention_async(ids, layer, images=images))
+        return self.device.wait(self.attention_async(ids, layer, images=images, audio=audio))
 
     async def attention_async(
-        self, ids: Sequence[int] | Prompt, layer: int, *, images: Iterable[object] = ()
+        self, ids: Sequence[int] | Prompt, layer: int, *, images: Iterable[object] = (), audio: Iterable[object] = ()
     ) -> NDArray[np.float32]:
         """Do what `attention` does, for an event loop."""
-        prompt, runner = self.prompt(ids, images), self.runner
+        prompt, runner = self.prompt(ids, images, audio), self.runner
         checked = self._checked(prompt)
         check_count("layer", layer, 0, self.config.num_hidden_layers - 1)
         length = len(checked)
@@ -549,12 +614,11 @@ def _is_batch(prompt: object) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(each, str | list | Prompt) for each in prompt)
 
 
-def _listed(images: Iterable[Any]) -> list[Any]:
-    if isinstance(images, str | bytes) or not isinstance(images, Iterable):
-        raise RequestError(
-            f"images is a list with an image for each that the prompt has, not {type(images).__name__}"
-        )
-    return list(images)
+def _listed(media: Iterable[Any], name: str) -> list[Any]:
+    if isinstance(media, str | bytes) or not isinstance(media, Iterable):
+        noun = "an image" if name == "images" else "a sound"
+        raise RequestError(f"{name} is a list with {noun} for each that the prompt has, not {type(media).__name__}")
+    return list(media)
 
 
 def _messages(messages: str | Sequence[Message]) -> Sequence[Message]:

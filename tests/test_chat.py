@@ -12,14 +12,14 @@ import pytest
 import tokenizers
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.tokens.chat import GEMMA3, ImageTokens, text_with_images
+from gemma_wgpu.tokens.chat import GEMMA3, MediumTokens, text_with_media
 from gemma_wgpu.tokens.messages import Message
 from gemma_wgpu.tokens.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
 from tests.vocabulary import Vocabulary, golden, random_text, read_vocabulary, rust_ids, rust_tokenizer
 
 CHATS = golden()["chats"]
 IMAGE_PROMPTS = json.loads(Path(__file__).with_name("data").joinpath("image_prompts.json").read_text())
-IMAGES = ImageTokens(**IMAGE_PROMPTS["image"])
+IMAGES = MediumTokens(**IMAGE_PROMPTS["image"])
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ([{"role": "user", "content": 1}], "message 0 has content of type int"),
         ([{"role": "user", "content": b"Hi"}], "message 0 has a part that is not"),
         ([{"role": "user", "content": ["Hi"]}], "message 0 has a part that is not"),
-        ([{"role": "user", "content": [{"type": "audio", "url": "x"}]}], "message 0 has a part that is not"),
+        ([{"role": "user", "content": [{"type": "video", "url": "x"}]}], "message 0 has a part that is not"),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 0 has a part that is not"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "message 0 has a part that is not"),
     ],
@@ -182,7 +182,7 @@ def whole(ids: list[Any]) -> list[int]:
     return [token for item in ids for token in ([IMAGES.soft] * item[0] if isinstance(item, list) else [item])]
 
 
-def with_sequences(text: str, images: ImageTokens, crops: list[int]) -> str:
+def with_sequences(text: str, images: MediumTokens, crops: list[int]) -> str:
     """Return `text` with images replaced by what the reference replaces them by, as text."""
     sequence = f"\n\n<start_of_image>{SOFT * images.count}<end_of_image>\n\n"
     first, *rest = text.split("<start_of_image>")
@@ -200,20 +200,22 @@ def with_sequences(text: str, images: ImageTokens, crops: list[int]) -> str:
 def test_chats_with_images_are_as_recorded(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
     messages, reply = case["messages"], case["reply"]
     assert GEMMA3.render(messages, reply) == case["text"]
-    assert GEMMA3.images(messages) == ["image.png"] * len(case["sizes"])
-    assert GEMMA3.encode(tokenizer, messages, reply, images=IMAGES, crops=case["crops"]) == whole(case["ids"])
+    assert [part.source for part in GEMMA3.media(messages)] == ["image.png"] * len(case["sizes"])
+    assert GEMMA3.encode(tokenizer, messages, reply, media={"image": IMAGES}, crops=case["crops"]) == whole(
+        case["ids"]
+    )
 
 
 @pytest.mark.parametrize("case", IMAGE_PROMPTS["texts"])
 def test_texts_with_images_are_as_recorded(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
-    assert text_with_images(tokenizer, case["text"], IMAGES, case["crops"]) == whole(case["ids"])
+    assert text_with_media(tokenizer, case["text"], {"image": IMAGES}, 0, case["crops"]) == whole(case["ids"])
 
 
 def test_images_are_the_ids_of_their_text(
     bpe: BPETokenizer, soft_rust: tokenizers.Tokenizer, vocabulary: Vocabulary
 ) -> None:
     rng = Random(8)
-    images = ImageTokens(IMAGES.begin, IMAGES.soft, IMAGES.end, 3)
+    images = MediumTokens(IMAGES.begin, IMAGES.soft, IMAGES.end, 3)
     for _ in range(300):
         messages, crops = [], []
         for index in range(rng.randint(1, 4)):
@@ -226,19 +228,21 @@ def test_images_are_the_ids_of_their_text(
                     parts.append(random_text(rng, vocabulary.pieces, control=False))
             messages.append({**user(*parts), "role": ("user", "assistant")[index % 2]})
         text = with_sequences(GEMMA3.render(messages), images, crops)
-        assert GEMMA3.encode(bpe, messages, images=images, crops=crops) == rust_ids(soft_rust, text), messages
+        assert GEMMA3.encode(bpe, messages, media={"image": images}, crops=crops) == rust_ids(soft_rust, text), (
+            messages
+        )
         text = "<start_of_image>".join(
             random_text(rng, vocabulary.pieces, control=False) for _ in range(len(crops) + 1)
         )
         expected = [2, *rust_ids(soft_rust, with_sequences(text, images, crops))]
-        assert text_with_images(bpe, text, images, crops) == expected, text
+        assert text_with_media(bpe, text, {"image": images}, 0, crops) == expected, text
 
 
 def test_images_that_crops_does_not_reach_have_none(bpe: BPETokenizer) -> None:
     messages = [user(IMAGE, "A", IMAGE, IMAGE)]
     for crops in ([], [2], [2, 0]):
-        given = GEMMA3.encode(bpe, messages, images=IMAGES, crops=crops)
-        assert given == GEMMA3.encode(bpe, messages, images=IMAGES, crops=[*crops, 0, 0, 0][:3])
+        given = GEMMA3.encode(bpe, messages, media={"image": IMAGES}, crops=crops)
+        assert given == GEMMA3.encode(bpe, messages, media={"image": IMAGES}, crops=[*crops, 0, 0, 0][:3])
 
 
 def test_a_typed_image_token_is_text(bpe: BPETokenizer, soft_rust: tokenizers.Tokenizer, tmp_path: Path) -> None:
@@ -246,18 +250,18 @@ def test_a_typed_image_token_is_text(bpe: BPETokenizer, soft_rust: tokenizers.To
     hf = HFTokenizer(tmp_path / "tokenizer.json")
     forged = f"<start_of_image>{SOFT * 256}<end_of_image>"
     for tokenizer in (bpe, hf):
-        assert GEMMA3.images([user(forged)]) == []
-        assert GEMMA3.encode(tokenizer, [user(forged, IMAGE)], False, images=IMAGES) == [
+        assert GEMMA3.media([user(forged)]) == []
+        assert GEMMA3.encode(tokenizer, [user(forged, IMAGE)], False, media={"image": IMAGES}) == [
             *[2, 105, *rust_ids(soft_rust, f"user\n{forged}\n\n", control=False)],
             *[255999, *[262144] * 256, 256000, 108, 106, 107],
         ]
     with pytest.raises(RequestError, match=f"the prompt has {SOFT}"):
-        text_with_images(hf, f"<start_of_image>{SOFT}", IMAGES, [0])
+        text_with_media(hf, f"<start_of_image>{SOFT}", {"image": IMAGES}, 0, [0])
 
 
 def test_a_text_has_bos_once(bpe: BPETokenizer) -> None:
-    with_bos = text_with_images(bpe, "<bos>A<start_of_image>", IMAGES, [0])
-    assert with_bos == text_with_images(bpe, "A<start_of_image>", IMAGES, [0])
+    with_bos = text_with_media(bpe, "<bos>A<start_of_image>", {"image": IMAGES}, 0, [0])
+    assert with_bos == text_with_media(bpe, "A<start_of_image>", {"image": IMAGES}, 0, [0])
 
 
 def test_images_come_from_many_sources() -> None:
@@ -275,7 +279,7 @@ def test_images_come_from_many_sources() -> None:
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk=", "detail": "high"}},
         {"type": "image_url", "image_url": "https://example.org/e.png"},
     )
-    assert GEMMA3.images([SYSTEM, first, ASSISTANT, second]) == [
+    assert [part.source for part in GEMMA3.media([SYSTEM, first, ASSISTANT, second])] == [
         opened,
         Path("a/b.png"),
         Path("c.png"),
@@ -307,9 +311,9 @@ def test_refuses_images_that_are_none(bpe: BPETokenizer, messages: list[Message]
     with pytest.raises(RequestError, match=message):
         GEMMA3.render(messages)
     with pytest.raises(RequestError, match=message):
-        GEMMA3.images(messages)
+        GEMMA3.media(messages)
     with pytest.raises(RequestError, match=message):
-        GEMMA3.encode(bpe, messages, images=IMAGES)
+        GEMMA3.encode(bpe, messages, media={"image": IMAGES})
 
 
 def test_a_model_of_text_refuses_images(bpe: BPETokenizer) -> None:
@@ -319,8 +323,58 @@ def test_a_model_of_text_refuses_images(bpe: BPETokenizer) -> None:
 
 def test_refuses_another_number_of_images(bpe: BPETokenizer) -> None:
     with pytest.raises(RequestError, match="crops has 2 entries, but the number of images in the chat is 1"):
-        GEMMA3.encode(bpe, [user(IMAGE)], images=IMAGES, crops=[0, 0])
+        GEMMA3.encode(bpe, [user(IMAGE)], media={"image": IMAGES}, crops=[0, 0])
     with pytest.raises(RequestError, match="<start_of_image> in the prompt is 2, but that of its images is 1"):
-        text_with_images(bpe, "<start_of_image> <start_of_image>", IMAGES, [0])
+        text_with_media(bpe, "<start_of_image> <start_of_image>", {"image": IMAGES}, 0, [0])
     with pytest.raises(RequestError, match="<start_of_image> in the prompt is 0, but that of its images is 1"):
-        text_with_images(bpe, "Hi", IMAGES, [2])
+        text_with_media(bpe, "Hi", {"image": IMAGES}, 0, [2])
+
+
+MEDIA = {
+    "image": MediumTokens(begin=255_999, soft=262_145, end=262_144, count=256),
+    "sound": MediumTokens(begin=256_000, soft=262_273, end=262_272, count=188),
+}
+MEDIA_PROMPTS: list[dict[str, Any]] = json.loads(
+    Path(__file__).with_name("data").joinpath("media_prompts.json").read_text()
+)
+
+
+@pytest.mark.parametrize("case", MEDIA_PROMPTS)
+def test_texts_with_images_and_sounds_are_as_recorded(tokenizer: Tokenizer, case: dict[str, Any]) -> None:
+    text = case["text"]
+    ids = [token for item in case["ids"] for token in ([item[0]] * item[1] if isinstance(item, list) else [item])]
+    sounds, images = text.count("<start_of_audio>"), text.count("<start_of_image>")
+    assert text_with_media(tokenizer, text, MEDIA, sounds, [0] * images) == ids
+
+
+def test_sounds_in_a_chat(tokenizer: Tokenizer) -> None:
+    sound = {"type": "audio", "path": "a.wav"}
+    messages = [
+        user(IMAGE, "Compare.", sound, {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}})
+    ]
+    text = GEMMA3.render(messages)
+    assert text.count("<start_of_audio>") == 2
+    parts = [(part.noun, part.source) for part in GEMMA3.media(messages)]
+    assert parts == [("image", "image.png"), ("sound", Path("a.wav")), ("sound", "data:;base64,UklGRg==")]
+    ids = text_with_media(tokenizer, text, MEDIA, 2, [0])
+    assert GEMMA3.encode(tokenizer, messages, media=MEDIA) == ids
+    for wrong, message in (
+        (
+            {"type": "audio"},
+            "message 0 has a sound with 0 sources; give it exactly one of audio, path, url and base64",
+        ),
+        ({"type": "input_audio", "input_audio": {}}, "message 0 has a sound with 0 sources; give it a data"),
+        ({"type": "audio", "url": 1}, "message 0 has a sound whose url is int; it must be a str"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            GEMMA3.media([user(wrong)])
+    with pytest.raises(RequestError, match="message 0 has a sound, but this model has no ears; leave the sound out"):
+        GEMMA3.encode(tokenizer, [user(sound)], media={"image": IMAGES})
+    with pytest.raises(
+        RequestError, match="message 1 has role assistant and a sound; only a user message may have s"
+    ):
+        GEMMA3.media([user("Hi"), {"role": "assistant", "content": [sound]}])
+    with pytest.raises(
+        RequestError, match="the number of <start_of_audio> in the prompt is 1, but that of its sounds"
+    ):
+        text_with_media(tokenizer, "<start_of_audio>", MEDIA, 0, [])

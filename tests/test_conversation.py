@@ -9,14 +9,14 @@ import pytest
 
 from gemma_wgpu.apps.conversation import Conversation
 from gemma_wgpu.errors import RequestError
-from gemma_wgpu.tokens.chat import GEMMA3, ImageTokens
+from gemma_wgpu.tokens.chat import GEMMA3, MediumTokens
 from gemma_wgpu.tokens.tokenizer import BPETokenizer
 from tests.tiny import PIECES, TYPES
 
 TOKENIZER = BPETokenizer(PIECES, -np.arange(len(PIECES), dtype=np.float32), np.array(TYPES, np.int32))
 ENCODE = partial(GEMMA3.encode, TOKENIZER)
-IMAGE = ImageTokens(begin=7, soft=len(PIECES), end=8, count=20)
-SEEING = partial(GEMMA3.encode, TOKENIZER, images=IMAGE)
+IMAGE = MediumTokens(begin=7, soft=len(PIECES), end=8, count=20)
+SEEING = partial(GEMMA3.encode, TOKENIZER, media={"image": IMAGE})
 CONTEXT = 400
 
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.tokens.chat import GEMMA3, ImageTokens
+from gemma_wgpu.tokens.chat import GEMMA3, MediumTokens
 from gemma_wgpu.tokens.gemma4_chat import GEMMA4
 from gemma_wgpu.tokens.tokenizer import BPETokenizer, HFTokenizer, Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
@@ -17,7 +17,7 @@ from tests.vocabulary import rust_ids, tokenizer_json
 from tests.vocabulary4 import CONTROL_IDS, small, words
 
 CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("data").joinpath("gemma4_chats.json").read_text())
-IMAGES = ImageTokens(begin=400, soft=401, end=402, count=3)
+IMAGES = MediumTokens(begin=400, soft=401, end=402, count=3)
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -126,10 +126,10 @@ def test_model_is_another_name_for_assistant() -> None:
 def test_images_stand_where_they_are(bpe: BPETokenizer, rust: tokenizers.Tokenizer) -> None:
     text = "<bos><|turn>user\nLook:<|image|><turn|>\n"
     assert GEMMA4.render([IMAGE], False) == text
-    assert GEMMA4.images([IMAGE, ASSISTANT, IMAGE]) == ["a.png", "a.png"]
+    assert [part.source for part in GEMMA4.media([IMAGE, ASSISTANT, IMAGE])] == ["a.png", "a.png"]
     before, after = text.split("<|image|>")
     expected = [*rust_ids(rust, before), 400, 401, 401, 401, 402, *rust_ids(rust, after)]
-    assert GEMMA4.encode(bpe, [IMAGE], False, images=IMAGES) == expected
+    assert GEMMA4.encode(bpe, [IMAGE], False, media={"image": IMAGES}) == expected
 
 
 def test_a_model_of_text_refuses_images(bpe: BPETokenizer) -> None:

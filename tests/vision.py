@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_wgpu.tokens.chat import ImageTokens
+from gemma_wgpu.tokens.chat import MediumTokens
 
 FOLDER = Path(__file__).parent / "data" / "gemma3_vision"
-TOKENS = ImageTokens(begin=509, soft=512, end=510, count=4)
+TOKENS = MediumTokens(begin=509, soft=512, end=510, count=4)
 
 with np.load(FOLDER / "pictures.npz") as _pictures:
     PIXELS: NDArray[np.float32] = _pictures["pixel_values"]

@@ -217,10 +217,9 @@ class Chat:
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the prompt of the conversation's messages, without a look at the pixels of images."""
         gemma = self._gemma
-        tokens = gemma.vision.tokens if gemma.vision else None
         crops = [self._open(path).crops for path in self._conversation.images]
         return gemma.family.chat.encode(
-            gemma.tokenizer, messages, thinking=wants(self._thinking), images=tokens, crops=crops
+            gemma.tokenizer, messages, thinking=wants(self._thinking), media=gemma.media_tokens, crops=crops
         )
 
     def _with_images(self, message: Message) -> Message:

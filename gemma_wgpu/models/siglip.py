@@ -20,7 +20,7 @@ from gemma_wgpu.ops.encoder import EncoderStep, LayerNorm
 from gemma_wgpu.ops.launch import Operand, Value
 from gemma_wgpu.ops.linear import Linear
 from gemma_wgpu.ops.step import Norm
-from gemma_wgpu.tokens.chat import ImageTokens
+from gemma_wgpu.tokens.chat import MediumTokens
 
 TOWER = "vision_tower.vision_model."
 PROJECTOR = "multi_modal_projector."
@@ -48,7 +48,7 @@ class SiglipConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float
-    tokens: ImageTokens
+    tokens: MediumTokens
 
     @classmethod
     def from_hf(cls, config: Mapping[str, object], source: str, family: str) -> Self | None:
@@ -76,7 +76,7 @@ class SiglipConfig:
             image_size=keys.count("image_size", 224),
             patch_size=keys.count("patch_size", 16),
             layer_norm_eps=keys.number("layer_norm_eps", 1e-6),
-            tokens=ImageTokens(
+            tokens=MediumTokens(
                 begin=outer.count("boi_token_index", 255_999),
                 soft=outer.count("image_token_index", 262_144),
                 end=outer.count("eoi_token_index", 256_000),
@@ -120,7 +120,7 @@ class SiglipConfig:
             image_size=keys.count(f"{_CLIP}image_size"),
             patch_size=keys.count(f"{_CLIP}patch_size"),
             layer_norm_eps=keys.number(f"{_CLIP}attention.layer_norm_epsilon", 1e-6),
-            tokens=ImageTokens(255_999, 262_144, 256_000, (grid // factor) ** 2),
+            tokens=MediumTokens(255_999, 262_144, 256_000, (grid // factor) ** 2),
         )
         if grid % factor:
             raise keys.error(f"{_CLIP}projector.scale_factor", f"is {factor}, which does not divide {grid} patches")

@@ -28,7 +28,7 @@ from gemma_wgpu.ops.launch import Value
 from gemma_wgpu.ops.layout import BLOCK
 from gemma_wgpu.ops.linear import Linear
 from gemma_wgpu.ops.step import Norm
-from gemma_wgpu.tokens.chat import ImageTokens
+from gemma_wgpu.tokens.chat import MediumTokens
 
 TOWER = "model.audio_tower."
 FRAMES_PER_SECOND = 100
@@ -70,7 +70,7 @@ class UsmConfig:
     rms_norm_eps: float
     vocab_size: int
     vocab_offset: int
-    tokens: ImageTokens
+    tokens: MediumTokens
 
     @classmethod
     def from_hf(cls, config: Mapping[str, object], source: str, family: str) -> Self | None:
@@ -112,7 +112,7 @@ class UsmConfig:
             rms_norm_eps=keys.number("rms_norm_eps", _EPS),
             vocab_size=keys.count("vocab_size", 128),
             vocab_offset=keys.count("vocab_offset", 262_272),
-            tokens=ImageTokens(
+            tokens=MediumTokens(
                 begin=outer.count("boa_token_id", 256_000),
                 soft=outer.count("audio_token_id", 262_273),
                 end=outer.count("eoa_token_id", 262_272),

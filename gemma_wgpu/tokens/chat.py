@@ -1,36 +1,39 @@
 """Chats: messages become a prompt, just as the chat template that is published with a model renders them.
 
-An image in a prompt is a fixed number of tokens, whose embeddings come from the vision model.
+An image or a sound in a prompt is a fixed number of tokens, whose embeddings come from the tower that reads it.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from typing import Any
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.tokens.messages import ImagePart, Message, parts_of, roles_of
+from gemma_wgpu.tokens.messages import MediumPart, Message, a, parts_of, roles_of
 from gemma_wgpu.tokens.tokenizer import BOS, Tokenizer
 
 Tool = Mapping[str, Any]
 """A function that a model may call, as OpenAI's API has it: {"type": "function", "function": {"name": str,
 "description": str, "parameters": JSON schema of an object}}."""
 
-_IMAGE = "<start_of_image>"
-# Newlines stand around every image, and these texts around an image that has crops, which follow it.
+_MARKS = {"image": "<start_of_image>", "sound": "<start_of_audio>"}
+_NOUNS = {mark: noun for noun, mark in _MARKS.items()}
+_SPLIT = re.compile(f"({'|'.join(_NOUNS)})")
+# Newlines stand around every image and sound, and these texts around an image that has crops, which follow it.
 _NEWLINES = "\n\n"
 _ORIGINAL = "Here is the original image "
 _CROPS = " and here are some crops to help you see better "
 
 
 @dataclass(frozen=True)
-class ImageTokens:
-    """The ids that an image is in a prompt: `begin`, `count` times `soft`, and `end`.
+class MediumTokens:
+    """The ids that an image or a sound is in a prompt: `begin`, `count` times `soft`, and `end`.
 
-    The vision model replaces the embeddings of `soft`. This id may lie outside of the tokenizer's vocabulary.
+    A tower replaces the embeddings of `soft`. This id may lie outside of the tokenizer's vocabulary.
     """
 
     begin: int
@@ -40,7 +43,7 @@ class ImageTokens:
 
     @property
     def ids(self) -> list[int]:
-        """The ids of one image."""
+        """Return the ids of one."""
         return [self.begin, *[self.soft] * self.count, self.end]
 
 
@@ -50,6 +53,9 @@ class ThoughtTokens:
 
     begin: str
     end: str
+
+
+NO_MEDIA: Mapping[str, MediumTokens] = {}
 
 
 class ChatTemplate(ABC):
@@ -78,12 +84,8 @@ class ChatTemplate(ABC):
         """
 
     @abstractmethod
-    def images(self, messages: Sequence[Message]) -> list[object]:
-        """Return what the image parts of all messages hold, in order.
-
-        That is the value of "image" as it is, a Path for "path", a str for "url", and a data URI for "base64". Raises
-        RequestError as `render` does.
-        """
+    def media(self, messages: Sequence[Message]) -> list[MediumPart]:
+        """Return the images and sounds of all messages, in order. Raises RequestError as `render` does."""
 
     @abstractmethod
     def encode(
@@ -94,32 +96,37 @@ class ChatTemplate(ABC):
         *,
         tools: Sequence[Tool] = (),
         thinking: bool | None = None,
-        images: ImageTokens | None = None,
+        media: Mapping[str, MediumTokens] = NO_MEDIA,
         crops: Sequence[int] = (),
     ) -> list[int]:
         """Return the prompt as ids: those of the rendered text, except that control tokens in a message are text.
 
-        Image i of the chat becomes the ids `images`, and so does each of its `crops[i]` crops; images that `crops`
-        does not reach have none. Raises RequestError as `render` does, if there is an image but `images` is None, and
-        if `crops` has more entries than there are images; and ModelError if the vocabulary has no tokens for chats.
+        An image becomes the ids `media["image"]`, and so does each of its crops: image i has `crops[i]`, or none if
+        `crops` does not reach it. A sound becomes the ids `media["sound"]`. Raises RequestError as `render` does, for
+        what `media` does not have, and if `crops` has more entries than there are images; and ModelError if the
+        vocabulary has no tokens for chats.
         """
 
 
-def check_images(indices: Sequence[int], images: ImageTokens | None, crops: Sequence[int]) -> None:
-    """Raise RequestError if images, which are in the messages of these indices, cannot be put in a prompt.
+def check_media(
+    parts: Sequence[tuple[int, MediumPart]], media: Mapping[str, MediumTokens], crops: Sequence[int]
+) -> None:
+    """Raise RequestError if images and sounds, each with the index of its message, cannot be put in a prompt.
 
-    `images` and `crops` are those of `ChatTemplate.encode`.
+    `media` and `crops` are those of `ChatTemplate.encode`.
     """
-    if len(crops) > len(indices):
+    images = sum(part.noun == "image" for _, part in parts)
+    if len(crops) > images:
         raise RequestError(
-            f"crops has {len(crops)} entries, but the number of images in the chat is {len(indices)}; give one for "
-            "each"
+            f"crops has {len(crops)} entries, but the number of images in the chat is {images}; give one for each"
         )
-    if indices and images is None:
-        raise RequestError(
-            f"message {indices[0]} has an image, but this model reads text only; leave the image out, or load a "
-            "model that reads images"
-        )
+    for index, part in parts:
+        if part.noun not in media:
+            able, verb = ("reads text only", "reads images") if part.noun == "image" else ("has no ears", "hears")
+            raise RequestError(
+                f"message {index} has {a(part.noun)}, but this model {able}; leave the {part.noun} out, or load a "
+                f"model that {verb}"
+            )
 
 
 class Gemma3Chat(ChatTemplate):
@@ -142,12 +149,12 @@ class Gemma3Chat(ChatTemplate):
     ) -> str:
         """Return the prompt as text."""
         _refuse(tools, thinking)
-        turns = [f"{self._start}{_IMAGE.join(turn.texts)}{self._end}" for turn in _turns(messages)]
+        turns = [f"{self._start}{turn.text}{self._end}" for turn in _turns(messages)]
         return "".join([BOS, *turns, self._start + self._reply if add_generation_prompt else ""])
 
-    def images(self, messages: Sequence[Message]) -> list[object]:
-        """Return what the image parts of all messages hold, in order."""
-        return [image for turn in _turns(messages) for image in turn.images]
+    def media(self, messages: Sequence[Message]) -> list[MediumPart]:
+        """Return the images and sounds of all messages, in order."""
+        return [part for turn in _turns(messages) for part in turn.media]
 
     def encode(
         self,
@@ -157,7 +164,7 @@ class Gemma3Chat(ChatTemplate):
         *,
         tools: Sequence[Tool] = (),
         thinking: bool | None = None,
-        images: ImageTokens | None = None,
+        media: Mapping[str, MediumTokens] = NO_MEDIA,
         crops: Sequence[int] = (),
     ) -> list[int]:
         """Return the prompt as ids."""
@@ -166,12 +173,12 @@ class Gemma3Chat(ChatTemplate):
         if not {start[0], end[0]} <= tokenizer.control_ids:
             raise ModelError("the vocabulary has no <start_of_turn> and <end_of_turn>; this model cannot chat")
         turns = _turns(messages)
-        check_images([turn.index for turn in turns for _ in turn.images], images, crops)
-        left = chain(crops, repeat(0))
+        check_media([(turn.index, part) for turn in turns for part in turn.media], media, crops)
+        left = iter(chain(crops, repeat(0)))
         ids = [tokenizer.bos_id]
         for turn in turns:
-            texts = _spread(turn.texts, islice(left, len(turn.images)))
-            ids += [*start, *_encode(tokenizer, texts, images, control=False), *end]
+            texts, nouns = _spread(turn.texts, [part.noun for part in turn.media], left)
+            ids += [*start, *_encode(tokenizer, texts, [media[noun] for noun in nouns], control=False), *end]
         if add_generation_prompt:
             ids += [*start, *tokenizer.encode(self._reply, bos=False)]
         return ids
@@ -193,42 +200,53 @@ def _refuse(tools: Sequence[Tool], thinking: bool | None) -> None:
 GEMMA3 = Gemma3Chat()
 
 
-def text_with_images(tokenizer: Tokenizer, text: str, images: ImageTokens, crops: Sequence[int]) -> list[int]:
-    """Return the ids of a prompt that is no chat, with BOS in front: each "<start_of_image>" in `text` is an image.
+def text_with_media(
+    tokenizer: Tokenizer, text: str, media: Mapping[str, MediumTokens], sounds: int, crops: Sequence[int]
+) -> list[int]:
+    """Return the ids of a prompt that is no chat, with BOS in front.
 
-    `crops` has an entry for each image: how many crops it has. Other control tokens in `text` are control tokens.
-    Raises RequestError if `text` has another number of images, or has soft tokens of its own.
+    Each "<start_of_image>" in `text` is an image, and each "<start_of_audio>" is one of so many `sounds`. `crops` has
+    an entry for each image: how many crops it has. Other control tokens in `text` are control tokens. Raises
+    RequestError if `text` has another number of images or sounds, or has soft tokens of its own.
     """
-    texts = text.split(_IMAGE)
-    if len(texts) - 1 != len(crops):
-        raise RequestError(
-            f"the number of {_IMAGE} in the prompt is {len(texts) - 1}, but that of its images is {len(crops)}; "
-            "write one for each image"
-        )
-    texts = _spread(texts, crops)
-    ids = _encode(tokenizer, texts, images, control=True)
-    if ids.count(images.soft) != images.count * (len(texts) - 1):
-        raise RequestError(f"the prompt has <image_soft_token>, which only images have; write {_IMAGE} for an image")
+    texts, nouns = _SPLIT.split(text)[::2], [_NOUNS[mark] for mark in _SPLIT.split(text)[1::2]]
+    for noun, count in (("image", len(crops)), ("sound", sounds)):
+        if nouns.count(noun) != count:
+            raise RequestError(
+                f"the number of {_MARKS[noun]} in the prompt is {nouns.count(noun)}, but that of its {noun}s is "
+                f"{count}; write one for each {noun}"
+            )
+    texts, nouns = _spread(texts, nouns, iter(crops))
+    ids = _encode(tokenizer, texts, [media[noun] for noun in nouns], control=True)
+    for noun, tokens in media.items():
+        if ids.count(tokens.soft) != tokens.count * nouns.count(noun):
+            soft = f"<{'image' if noun == 'image' else 'audio'}_soft_token>"
+            raise RequestError(f"the prompt has {soft}, which only {noun}s have; write {_MARKS[noun]} for {a(noun)}")
     return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
-def _spread(texts: Sequence[str], crops: Iterable[int]) -> list[str]:
-    """Return the texts around images and their crops, from those around the images; `crops` are how many each has."""
-    spread = [texts[0]]
-    for text, count in zip(texts[1:], crops, strict=True):
-        if count:
+def _spread(texts: Sequence[str], nouns: Sequence[str], crops: Iterator[int]) -> tuple[list[str], list[str]]:
+    """Return the texts around images, their crops and sounds, and what stands between each two of these texts.
+
+    That is given without crops as `texts` and `nouns`; `crops` are how many crops each image has.
+    """
+    spread, between = [texts[0]], []
+    for text, noun in zip(texts[1:], nouns, strict=True):
+        if noun == "image" and (count := next(crops)):
             spread[-1] += _ORIGINAL
             spread += [_CROPS, *[" "] * (count - 1)]
+            between += [noun] * count
         spread.append(text)
-    return spread
+        between.append(noun)
+    return spread, between
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], images: ImageTokens | None, control: bool) -> list[int]:
-    """Return the ids of `texts` with an image between each two of them; without images there is one text."""
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], media: Sequence[MediumTokens], control: bool) -> list[int]:
+    """Return the ids of `texts` with an image or a sound between each two of them."""
     ids: list[int] = []
     for at, text in enumerate(texts):
-        if at and images:
-            ids += images.ids
+        if at:
+            ids += media[at - 1].ids
         # The newlines around an image become one token with those of the text beside it.
         before = _NEWLINES if at else ""
         after = _NEWLINES if at + 1 < len(texts) else ""
@@ -238,14 +256,20 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], images: ImageTokens | No
 
 @dataclass(frozen=True)
 class _Turn:
-    """What stands between the control tokens of message `index`: texts, and an image between each two of them.
+    """What stands between the control tokens of message `index`: texts, and a medium between each two of them.
 
     The first text begins with the role and a newline.
     """
 
     index: int
     texts: list[str]
-    images: list[object]
+    media: list[MediumPart]
+
+    @property
+    def text(self) -> str:
+        """Return all as a text."""
+        marks = [_MARKS[part.noun] for part in self.media]
+        return "".join(chain.from_iterable(zip(self.texts, [*marks, ""], strict=True)))
 
 
 def _turns(messages: Sequence[Message]) -> list[_Turn]:
@@ -258,22 +282,21 @@ def _turns(messages: Sequence[Message]) -> list[_Turn]:
         expected = "assistant" if (index - first) % 2 else "user"
         if roles[index] != expected:
             raise RequestError(f"message {index} has role {roles[index]} where {expected} must stand")
-        texts, images = _content(messages[index], index, expected)
+        texts, media = _content(messages[index], index, expected)
         texts[0] = f"{'user' if expected == 'user' else 'model'}\n{preface}{texts[0]}"
-        turns.append(_Turn(index, texts, images))
+        turns.append(_Turn(index, texts, media))
         preface = ""
     return turns
 
 
-def _content(message: Message, index: int, role: str) -> tuple[list[str], list[object]]:
-    """Return the texts of a message and its images, of which one stands between each two texts."""
-    texts = [""]
-    images = []
+def _content(message: Message, index: int, role: str) -> tuple[list[str], list[MediumPart]]:
+    """Return the texts of a message, and its images and sounds, of which one stands between each two texts."""
+    texts, media = [""], []
     for part in parts_of(message, index, role):
-        if isinstance(part, ImagePart):
-            images.append(part.source)
+        if isinstance(part, MediumPart):
+            media.append(part)
             texts.append("")
         else:
             # The template strips every text but the system's.
             texts[-1] += part if role == "system" else part.strip()
-    return texts, images
+    return texts, media

@@ -6,14 +6,14 @@ template differs in one thing: it adds an empty thought to the beginning of a re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from gemma_wgpu.errors import ModelError, RequestError
-from gemma_wgpu.tokens.chat import ChatTemplate, ImageTokens, ThoughtTokens, Tool, check_images
+from gemma_wgpu.tokens.chat import NO_MEDIA, ChatTemplate, MediumTokens, ThoughtTokens, Tool, check_media
 from gemma_wgpu.tokens.gemma4_tools import Call, Part, Token, calls_of, declaration, response, result_of
-from gemma_wgpu.tokens.messages import ImagePart, Message, Parts, parts_of, roles_of
+from gemma_wgpu.tokens.messages import MediumPart, Message, Parts, parts_of, roles_of
 from gemma_wgpu.tokens.tokenizer import BOS, Tokenizer
 
 _TURN, _TURN_END = Token("<|turn>"), Token("<turn|>")
@@ -22,7 +22,8 @@ _THOUGHT = "thought\n"
 _THINK = Token("<|think|>")
 _TOOL, _TOOL_END = Token("<|tool>"), Token("<tool|>")
 _RESPONSE = Token("<|tool_response>")
-_IMAGE = Token("<|image|>")
+_MARKS = {"image": Token("<|image|>"), "sound": Token("<|audio|>")}
+_NOUNS: dict[str, str] = {mark: noun for noun, mark in _MARKS.items()}
 
 
 @dataclass
@@ -40,7 +41,7 @@ class _Turn:
     def texts(self) -> list[Part]:
         """Return the content as it is written: each text is stripped, and the model's have lost their thoughts."""
         clean = _without_thoughts if self.role == "assistant" else str.strip
-        return [_IMAGE if isinstance(part, ImagePart) else clean(part) for part in self.content]
+        return [_MARKS[part.noun] if isinstance(part, MediumPart) else clean(part) for part in self.content]
 
 
 class Gemma4Chat(ChatTemplate):
@@ -59,10 +60,10 @@ class Gemma4Chat(ChatTemplate):
         """Return the prompt as text."""
         return "".join(_parts(messages, tools, bool(thinking), add_generation_prompt))
 
-    def images(self, messages: Sequence[Message]) -> list[object]:
-        """Return what the image parts of all messages hold, in order."""
+    def media(self, messages: Sequence[Message]) -> list[MediumPart]:
+        """Return the images and sounds of all messages, in order."""
         _, turns = _turns(messages)
-        return [part.source for turn in turns for part in turn.content if isinstance(part, ImagePart)]
+        return [part for turn in turns for part in turn.content if isinstance(part, MediumPart)]
 
     def encode(
         self,
@@ -72,21 +73,22 @@ class Gemma4Chat(ChatTemplate):
         *,
         tools: Sequence[Tool] = (),
         thinking: bool | None = None,
-        images: ImageTokens | None = None,
+        media: Mapping[str, MediumTokens] = NO_MEDIA,
         crops: Sequence[int] = (),
     ) -> list[int]:
         """Return the prompt as ids."""
         parts = _parts(messages, tools, bool(thinking), add_generation_prompt)
         _, turns = _turns(messages)
-        seen = [turn.index for turn in turns for part in turn.content if isinstance(part, ImagePart)]
-        check_images(seen, images, crops)
+        seen = [(turn.index, part) for turn in turns for part in turn.content if isinstance(part, MediumPart)]
+        check_media(seen, media, crops)
         ids: list[int] = []
         for is_token, group in groupby(parts, lambda part: isinstance(part, Token)):
             if not is_token:
                 ids += tokenizer.encode("".join(group), bos=False, control=False)
                 continue
             for token in group:
-                ids += images.ids if images and token is _IMAGE else [_id(tokenizer, token)]
+                noun = _NOUNS.get(token)
+                ids += media[noun].ids if noun else [_id(tokenizer, token)]
         return ids
 
 

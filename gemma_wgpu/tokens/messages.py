@@ -1,4 +1,4 @@
-"""Messages of a chat as people write them: their roles, their texts, and what their images are."""
+"""Messages of a chat as people write them: their roles, their texts, and what their images and sounds are."""
 
 from __future__ import annotations
 
@@ -12,25 +12,34 @@ from gemma_wgpu.errors import RequestError
 Message = Mapping[str, object]
 """A message has a "role" ("system", only in front; "user"; "assistant" or "model"; "tool") and a "content", which is
 a str or a list of parts. A part is {"type": "text", "text": str} or, in a user's message, an image: {"type": "image"}
-with one of "image", "path", "url" and "base64", or {"type": "image_url", "image_url": {"url": str}}.
+with one of "image", "path", "url" and "base64", or {"type": "image_url", "image_url": {"url": str}}; or a sound:
+{"type": "audio"} with one of "audio", "path", "url" and "base64", or {"type": "input_audio", "input_audio":
+{"data": str of base64}}.
 
 For models that call tools, an assistant's message may have "tool_calls", as OpenAI's API has them: a list of
 {"id": str, "function": {"name": str, "arguments": dict or JSON of one}}. A message of a "tool" follows it with what
 the tool returned: a content of any JSON type, and a "tool_call_id" or a "name". For models that think, an assistant's
 message may have its thought as "reasoning_content"."""
 
-_SOURCES = ("image", "path", "url", "base64")
+_SOURCES = ("path", "url", "base64")
+# What parts with an image or a sound are called, where the second kind has a source of its own only, and what it is.
+_NOUNS = {"image": "image", "image_url": "image", "audio": "sound", "input_audio": "sound"}
+_NESTED = {"image_url": "url", "input_audio": "data"}
 
 
 @dataclass(frozen=True)
-class ImagePart:
-    """An image in a message: a Path, a str (an address or a data URI), or whatever "image" held."""
+class MediumPart:
+    """An image or a sound in a message: a Path, an address or a data URI (str), or whatever "image" or "audio" held.
 
+    `noun` is "image" or "sound".
+    """
+
+    noun: str
     source: object
 
 
-Parts = list[str | ImagePart]
-"""The texts and the images of a message, in order."""
+Parts = list[str | MediumPart]
+"""The texts of a message, and its images and sounds, in order."""
 
 
 def roles_of(messages: Sequence[Message], known: Sequence[str]) -> list[str]:
@@ -65,12 +74,13 @@ def parts_of(message: Message, index: int, role: str) -> Parts:
     return [_part(part, index, role) for part in content]
 
 
-def _part(part: object, index: int, role: str) -> str | ImagePart:
+def _part(part: object, index: int, role: str) -> str | MediumPart:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if isinstance(part, Mapping) and kind in ("image", "image_url"):
+    if isinstance(part, Mapping) and isinstance(kind, str) and kind in _NOUNS:
+        noun = _NOUNS[kind]
         if role != "user":
-            raise RequestError(f"message {index} has role {role} and an image; only a user message may have images")
-        return ImagePart(_image(part, index))
+            raise RequestError(f"message {index} has role {role} and {a(noun)}; only a user message may have {noun}s")
+        return MediumPart(noun, _source(part, kind, index))
     text = part.get("text") if isinstance(part, Mapping) and kind == "text" else None
     if not isinstance(text, str):
         raise RequestError(
@@ -80,22 +90,28 @@ def _part(part: object, index: int, role: str) -> str | ImagePart:
     return text
 
 
-def _image(part: Mapping[str, Any], index: int) -> object:
-    if part["type"] == "image_url":
-        nested = part.get("image_url")
-        part = nested if isinstance(nested, Mapping) else {"url": nested}
-        sources: tuple[str, ...] = ("url",)
-    else:
-        sources = _SOURCES
+def _source(part: Mapping[str, Any], kind: str, index: int) -> object:
+    """Return what a part with an image or a sound holds: see MediumPart."""
+    thing = a(_NOUNS[kind])
+    sources: tuple[str, ...] = (kind, *_SOURCES)
+    if kind in _NESTED:
+        nested, sources = part.get(kind), (_NESTED[kind],)
+        part = nested if isinstance(nested, Mapping) else {_NESTED[kind]: nested}
     given = [(source, part[source]) for source in sources if part.get(source) is not None]
     if len(given) != 1:
-        wanted = "a url" if sources == ("url",) else "exactly one of image, path, url and base64"
-        raise RequestError(f"message {index} has an image with {len(given)} sources; give it {wanted}")
+        wanted = f"a {sources[0]}" if len(sources) == 1 else f"exactly one of {', '.join(sources[:-1])} and base64"
+        raise RequestError(f"message {index} has {thing} with {len(given)} sources; give it {wanted}")
     source, value = given[0]
-    if source == "image":
+    if source == kind:
         return value
     if source == "path" and isinstance(value, (str, PurePath)):
         return Path(value)
     if not isinstance(value, str):
-        raise RequestError(f"message {index} has an image whose {source} is {type(value).__name__}; it must be a str")
-    return f"data:;base64,{value}" if source == "base64" and not value.startswith("data:") else value
+        raise RequestError(f"message {index} has {thing} whose {source} is {type(value).__name__}; it must be a str")
+    is_base64 = source in ("base64", "data") and not value.startswith("data:")
+    return f"data:;base64,{value}" if is_base64 else value
+
+
+def a(noun: str) -> str:
+    """Return a noun after its article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

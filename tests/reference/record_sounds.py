@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -19,7 +20,7 @@ from tests.sounds import SPEECH, made
 def main() -> None:
     """Write the file beside this one."""
     extractor = Gemma3nAudioFeatureExtractor()
-    recorded: dict[str, np.ndarray] = {}
+    recorded: dict[str, Any] = {}
     for name, sound in (made() | {"speech": soundfile.read(SPEECH, dtype="float32")[0]}).items():
         [features] = extractor(sound, return_tensors="np")["input_features"]
         recorded |= {f"{name}_frames": np.array(len(features)), name: features[::5].astype(np.float32)}
