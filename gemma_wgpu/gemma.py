@@ -590,7 +590,8 @@ class Gemma:
             raise RequestError(f"a prompt is a text or a list of token ids, not {type(ids).__name__}")
         vocab = self.config.vocab_size
         # The towers' own ids may be outside of the vocabulary.
-        special = {token for tower in towers.values() for token in (tower.tokens.soft, *tower.hard)}
+        special = {tower.tokens.soft for tower in towers.values()}
+        special |= {token for encoder in self.runner.encoders.values() for token in encoder.tower.hard}
         checked = [
             int(token) if isinstance(token, int | np.integer) and token in special else self.tokenizer.checked(token)
             for token in ids

@@ -144,9 +144,10 @@ class Runner:
         self._norms = Norms(device)
         self._scratch = Scratch(device)
         self.encoders = {
-            noun: Encoder(device, self.kernels, self._norms, tower) for noun, tower in model.towers.items()
+            name: Encoder(device, self.kernels, self._norms, tower)
+            for name, tower in {**model.towers, **model.hard_tokens}.items()
         }
-        self._hard = {token for tower in model.towers.values() for token in tower.hard}
+        self._hard = {token for encoder in self.encoders.values() for token in encoder.tower.hard}
         self.lookup = Lookup(host_table, 2 * prefill_chunk + _LOOKUP_ROWS) if host_table else None
         self._around = Surroundings(self.kernels, self._norms, self._ropes, self.cache, int8)
         self._steps: dict[tuple[str, int], _Recorded] = {}

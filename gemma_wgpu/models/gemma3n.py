@@ -13,7 +13,7 @@ from statistics import NormalDist
 from typing import Self
 
 from gemma_wgpu.errors import ModelError
-from gemma_wgpu.models import sharing
+from gemma_wgpu.models import mobilenet_v5, multimodal_embedder, sharing, usm
 from gemma_wgpu.models.keys import (
     GLOBAL,
     LOCAL,
@@ -25,7 +25,10 @@ from gemma_wgpu.models.keys import (
     shown,
     text_keys,
 )
-from gemma_wgpu.models.spec import Cut, Family, Kind, LanguageModel, Loader, MatFormerSlice, TensorSpec
+from gemma_wgpu.models.mobilenet_v5 import MobileNetV5, MobileNetV5Config
+from gemma_wgpu.models.multimodal_embedder import HardConfig, HardTokens
+from gemma_wgpu.models.spec import Cut, Family, Kind, LanguageModel, Loader, MatFormerSlice, TensorSpec, Tower
+from gemma_wgpu.models.usm import Usm, UsmConfig
 from gemma_wgpu.ops import altup
 from gemma_wgpu.ops.altup import STREAMS, AltUp
 from gemma_wgpu.ops.linear import HostTable, Linear
@@ -53,7 +56,8 @@ class Gemma3nConfig:
     `rope_theta` is of the global layers and `rope_local_base_freq` of the local ones. `sliding_window` counts the
     query itself. The last `num_kv_shared_layers` have no keys and values of their own. `intermediate_size` and
     `activation_sparsity_pattern`, the share of gates that a layer does not let through, are lists by layer. A token
-    id of `vocab_size_per_layer_input` or above has the inputs of token 0.
+    id of `vocab_size_per_layer_input` or above has the inputs of token 0. `vision` is the tower that reads images,
+    and `audio` the one that hears sounds, or None.
     """
 
     vocab_size: int
@@ -75,6 +79,8 @@ class Gemma3nConfig:
     activation_sparsity_pattern: tuple[float, ...]
     final_logit_softcapping: float
     layer_types: tuple[str, ...]
+    vision: MobileNetV5Config | HardConfig | None = None
+    audio: UsmConfig | HardConfig | None = None
 
     def is_global(self, layer: int) -> bool:
         """Say whether `layer` (from 0) attends to the whole context, rather than to the sliding window."""
@@ -122,6 +128,12 @@ class Gemma3nConfig:
             activation_sparsity_pattern=_sparsity(keys, layers),
             final_logit_softcapping=keys.number("final_logit_softcapping", 30.0),
             layer_types=types,
+            vision=HardConfig.from_hf(
+                config, "vision_config", multimodal_embedder.VISION, (2048, 262_144), source, NAME
+            )
+            or MobileNetV5Config.from_hf(config, source, NAME),
+            audio=HardConfig.from_hf(config, "audio_config", multimodal_embedder.AUDIO, (1536, 262_272), source, NAME)
+            or UsmConfig.from_hf(config, source, NAME),
         )
         keys.check_heads(
             ("num_attention_heads", built.num_attention_heads),
@@ -134,18 +146,30 @@ class Gemma3nConfig:
         """Return a config.json that `from_hf` and transformers read."""
         config: dict[str, object] = {"architectures": ["Gemma3nForCausalLM"], "model_type": "gemma3n_text"}
         config |= {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        del config["vision"], config["audio"]
         local, full = config.pop("rope_local_base_freq"), config.pop("rope_theta")
         config["rope_parameters"] = {
             LOCAL: {"rope_type": "default", "rope_theta": local},
             GLOBAL: {"rope_type": "default", "rope_theta": full},
         }
-        return config | {
+        config |= {
             "altup_num_inputs": STREAMS,
             "altup_active_idx": 0,
             "altup_correct_scale": True,
             "hidden_activation": "gelu_pytorch_tanh",
             "tie_word_embeddings": True,
         }
+        towers = [tower.to_hf() for tower in (self.vision, self.audio) if tower]
+        if not towers:
+            return config
+        outer: dict[str, object] = {
+            "architectures": ["Gemma3nForConditionalGeneration"],
+            "model_type": "gemma3n",
+            "text_config": config,
+        }
+        for tower in towers:
+            outer |= tower
+        return outer
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], *, source: str = "GGUF") -> Self:
@@ -195,7 +219,7 @@ class Gemma3nConfig:
     def summary(self) -> dict[str, str]:
         """Return what people want to know of the shape, by name."""
         local, sizes = self.layer_types.count(LOCAL), sorted(set(self.intermediate_size))
-        return {
+        shape = {
             "layers": f"{self.num_hidden_layers}, {local} of them with a window of {self.sliding_window}, "
             f"{self.num_kv_shared_layers} without keys and values of their own",
             "sizes": f"hidden {STREAMS} x {self.hidden_size}, intermediate {' and '.join(map(str, sizes))}, "
@@ -203,6 +227,9 @@ class Gemma3nConfig:
             "heads": f"{self.num_attention_heads} of {self.head_dim}, {self.num_key_value_heads} for keys and values",
             "context": f"{self.max_position_embeddings:,} tokens",
         }
+        for tower in (self.vision, self.audio):
+            shape |= tower.summary() if tower else {}
+        return shape
 
 
 def _sizes(keys: Keys, layers: int) -> tuple[int, ...]:
@@ -287,7 +314,15 @@ def _all_tensors(config: Gemma3nConfig) -> list[TensorSpec]:
             )
         ]
     table += _stacked(_UNEMBED_PROJECTIONS, "altup_unembd_proj.weight", hidden)
-    return [*table, TensorSpec(sharing.FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM)]
+    table.append(TensorSpec(sharing.FINAL_NORM, "output_norm.weight", (hidden,), Kind.NORM))
+    for tower in (config.vision, config.audio):
+        if isinstance(tower, HardConfig):
+            table += tower.tensors(hidden)
+        elif isinstance(tower, MobileNetV5Config):
+            table += mobilenet_v5.tensors(tower, hidden)
+        elif tower:
+            table += usm.tensors(tower, hidden)
+    return table
 
 
 def _stacked(names: Sequence[str], gguf: str, hidden: int) -> list[TensorSpec]:
@@ -404,6 +439,15 @@ class Gemma3n(LanguageModel):
         model.layers = [await model._load_layer(loader, index) for index in range(config.num_hidden_layers)]
         model.unembed_projections = [await loader.linear(name) for name in _UNEMBED_PROJECTIONS]
         model.norm = await loader.norm(sharing.FINAL_NORM, config.rms_norm_eps)
+        hard_tokens: dict[str, Tower] = {}
+        for tower in (config.vision, config.audio):
+            if isinstance(tower, HardConfig):
+                hard_tokens[tower.key] = await HardTokens.load(tower, loader)
+            elif isinstance(tower, MobileNetV5Config):
+                model.vision = await MobileNetV5.load(tower, loader)
+            elif tower:
+                model.audio = await Usm.load(tower, loader)
+        model.hard_tokens = hard_tokens
         return model
 
     async def _load_layer(self, loader: Loader, index: int) -> Layer:
@@ -496,4 +540,9 @@ FAMILY = Family(
     chat=GEMMA3,
     prefixes=sharing.HF_PREFIXES,
     ignored=sharing.HF_TOWERS,
+    towers={
+        "vision_config": ("model.vision_tower.", multimodal_embedder.VISION),
+        "audio_config": ("model.audio_tower.", multimodal_embedder.AUDIO),
+    },
+    text_only=lambda config: replace(config, vision=None, audio=None),
 )

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -20,7 +21,7 @@ from gemma_wgpu.ops.layout import BLOCK
 from gemma_wgpu.ops.linear import HostTable, Linear
 from gemma_wgpu.ops.rope import Rope
 from gemma_wgpu.ops.step import Norm, Normed, Step
-from gemma_wgpu.tokens.chat import ChatTemplate, ImageTokens
+from gemma_wgpu.tokens.chat import ChatTemplate, MediumTokens
 
 
 class Kind(Enum):
@@ -167,7 +168,7 @@ class Tower(ABC):
     language model's embeddings.
     """
 
-    tokens: ImageTokens
+    tokens: MediumTokens
     hard: range = range(0)
 
     @abstractmethod
@@ -217,7 +218,7 @@ class LanguageModel(ABC):
 
     `caches` says which caches of keys and values its layers have, `ropes` which rotations, and `head` turns the last
     norm into logits, which stay inside of [-softcap, softcap] if there is one. `vision` reads images and `audio`
-    sounds, if the model can.
+    sounds, if the model can. `hard_tokens` are towers that only have vectors for ids of their own, by any names.
     """
 
     caches: Sequence[CacheSpec]
@@ -226,6 +227,7 @@ class LanguageModel(ABC):
     softcap: float | None = None
     vision: VisionModel | None = None
     audio: Tower | None = None
+    hard_tokens: Mapping[str, Tower] = MappingProxyType({})
 
     @property
     def towers(self) -> dict[str, Tower]:
@@ -252,7 +254,9 @@ class Family:
     - ignored: what the names of tensors begin with that a configuration may do without.
     - constants: tensors of GGUF files, by their names there, whose values follow from the configuration.
     - sliced: the configuration of a smaller model in a larger one, and what its tensors are there, by name.
-    - text_only: the configuration without what reads images.
+    - towers: the keys of config.json that describe towers, and what the names of their tensors begin with: those of
+      the tower itself, which files may lack, and those of what is behind it.
+    - text_only: the configuration without what reads images and sounds.
     - with_projector: the configuration together with that of a GGUF file (its metadata, its path) which has the tower
       that reads images.
     """
@@ -269,5 +273,6 @@ class Family:
     ignored: tuple[str, ...] = ()
     constants: Callable[[Any], Mapping[str, NDArray[np.float32]]] = lambda config: {}
     sliced: Callable[[Any, MatFormerSlice], tuple[Any, Mapping[str, Cut]]] | None = None
+    towers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     text_only: Callable[[Any], Any] = lambda config: config
     with_projector: Callable[[Any, Mapping[str, object], str], Any] | None = None

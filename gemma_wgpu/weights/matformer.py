@@ -43,13 +43,13 @@ class SlicedCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> LocalTensor:
         """Return a matrix of the table. Raises ModelError for any other name."""
-        spec, cut = self.spec(name, matrix=True), self._cuts[name]
+        spec, cut = self.spec(name, matrix=True), self._cuts.get(name, Cut(name))
         return _SlicedMatrix(name, spec.stored_shape, self._whole.tensor(cut.name), cut)
 
     def values(self, name: str) -> NDArray[np.float32]:
         """Return what is no matrix, float32 in its shape, as it is used. Raises ModelError for any other name."""
         self.spec(name, matrix=False)
-        return self._whole.values(self._cuts[name].name)
+        return self._whole.values(self._cuts.get(name, Cut(name)).name)
 
     def vocabulary(self) -> Vocabulary:
         """Return the vocabulary of the whole model."""

@@ -17,7 +17,7 @@ from gemma_wgpu.weights import encodings
 from gemma_wgpu.weights.stored import MappedFile, StoredCheckpoint, StoredTensor, matched
 
 _CONFIG = "config.json"
-_VISION = "vision_config"  # its key that describes the tower
+_TOWERS = ("vision_config", "audio_config")  # its keys that describe towers
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER = "tokenizer.json"
@@ -27,7 +27,9 @@ _ENCODINGS = {"F32": encodings.F32, "F16": encodings.F16, "BF16": encodings.BF16
 
 
 class SafetensorsCheckpoint(StoredCheckpoint):
-    """A model in a Hugging Face folder, in bf16, f16 or f32, with its tower if there is one and `vision` is true.
+    """A model in a Hugging Face folder, in bf16, f16 or f32, with its towers if there are some and `vision` is true.
+
+    If the family allows it, the files may lack a tower as a whole though the configuration names it.
 
     Raises ModelError, which names the file and what is wrong, unless every tensor is there and can be read.
     """
@@ -38,15 +40,24 @@ class SafetensorsCheckpoint(StoredCheckpoint):
                 f"{path}: there is no {_CONFIG} in this folder; give a Hugging Face model folder, or a .gguf file"
             )
         content, source = _json(path / _CONFIG), str(path / _CONFIG)
-        family = family_of_hf(content, source)
+        family, files = family_of_hf(content, source), [MappedFile(shard) for shard in _shards(path)]
         if not vision:
-            content.pop(_VISION, None)  # so a tower that cannot be run is in nobody's way
+            for key in _TOWERS:  # so a tower that cannot be run is in nobody's way
+                content.pop(key, None)
+        names = {_name(label, family) for file in files for label in _header(file)}
+        for key, (start, behind) in family.towers.items():
+            part = content.get(key)
+            if not isinstance(part, dict) or any(name.startswith(start) for name in names):
+                continue
+            if any(name.startswith(behind) for name in names):
+                content[key] = part | {"tower": False}
+            else:
+                del content[key]
         config = family.config.from_hf(content, source=source)
         config = config if vision else family.text_only(config)
         specs = family.tensors(config)
         # Where the configuration has a tower, a tensor of it that the table lacks makes another architecture.
         ignored = tuple(start for start in family.ignored if not any(spec.name.startswith(start) for spec in specs))
-        files = [MappedFile(shard) for shard in _shards(path)]
         stored: dict[str, StoredTensor] = {}
         for file in files:
             for name, tensor in _tensors(file, family, ignored):
@@ -119,6 +130,25 @@ def _shards(path: Path) -> list[Path]:
 
 def _tensors(file: MappedFile, family: Family, ignored: tuple[str, ...]) -> list[tuple[str, StoredTensor]]:
     """Return the tensors of a file with their names in the table, but not those whose names begin as `ignored`."""
+    start = 8 + int.from_bytes(file.map[:8], "little")
+    tensors = []
+    for label, entry in _header(file).items():
+        name = _name(label, family)
+        if name.startswith(ignored):
+            continue
+        encoding = _ENCODINGS.get(entry["dtype"])
+        if encoding is None:
+            raise ModelError(
+                f"{file.path}: tensor {label!r} is {entry['dtype']}; only {', '.join(_ENCODINGS)} can be read, use "
+                "the model's bf16 original or a GGUF"
+            )
+        offset = start + entry["data_offsets"][0]
+        tensors.append((name, StoredTensor(label, tuple(entry["shape"]), encoding, file, offset)))
+    return tensors
+
+
+def _header(file: MappedFile) -> dict[str, Any]:
+    """Return what a file says of its tensors, by their names in it. Raises ModelError if it is not whole."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -129,21 +159,9 @@ def _tensors(file: MappedFile, family: Family, ignored: tuple[str, ...]) -> list
         raise ModelError(f"{file.path}: this is not a whole safetensors file ({error}); download it again") from error
     # numpy has no bfloat16, so safe_open cannot hand such a tensor out; the header says where its bytes are.
     length = int.from_bytes(file.map[:8], "little")
-    header = json.loads(file.map[8 : 8 + length])
-    tensors = []
-    for label, entry in header.items():
-        name = _name(label, family)
-        if label == "__metadata__" or name.startswith(ignored):
-            continue
-        encoding = _ENCODINGS.get(entry["dtype"])
-        if encoding is None:
-            raise ModelError(
-                f"{file.path}: tensor {label!r} is {entry['dtype']}; only {', '.join(_ENCODINGS)} can be read, use "
-                "the model's bf16 original or a GGUF"
-            )
-        offset = 8 + length + entry["data_offsets"][0]
-        tensors.append((name, StoredTensor(label, tuple(entry["shape"]), encoding, file, offset)))
-    return tensors
+    header: dict[str, Any] = json.loads(file.map[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return header
 
 
 def _name(label: str, family: Family) -> str:
