@@ -23,6 +23,7 @@ from gemma_wgpu.engine.thoughts import Thoughts, wants
 from gemma_wgpu.errors import ContextError, DeviceError, RequestError
 from gemma_wgpu.fetch.hub import open_model
 from gemma_wgpu.fetch.pictures import fetch_picture
+from gemma_wgpu.fetch.sounds import fetch_sound
 from gemma_wgpu.gpu import open_device, open_device_sync
 from gemma_wgpu.gpu.device import Adapter, AdapterInfo, Device
 from gemma_wgpu.gpu.ledger import Ledger
@@ -275,7 +276,7 @@ class Gemma:
 
         A part of a user's content may be {"type": "image"} with one of "image" (a PIL image, a numpy array or the
         bytes of a file), "path", "url" (https:, or data:) and "base64", or {"type": "audio"} with one of "audio" (see
-        `sounds.opened`), "path", "url" (data:) and "base64". With `pan_and_scan`, a long image is followed by crops
+        `sounds.opened`), "path", "url" and "base64". With `pan_and_scan`, a long image is followed by crops
         of it, in which the model sees more. Raises RequestError as `chat` does, and for an image or a sound that
         cannot be read.
         """
@@ -296,7 +297,7 @@ class Gemma:
     ) -> Prompt:
         """Return a prompt with images: PIL images, numpy arrays, bytes of files, paths, or data: or https: addresses.
 
-        `audio` are its sounds: bytes of files, paths, data: addresses, arrays of samples, or (array, rate).
+        `audio` are its sounds: bytes of files, paths, addresses, arrays of samples, or (array, rate).
 
         A text has `<start_of_image>` where an image stands, and `<start_of_audio>` where a sound does. With
         `pan_and_scan`, a long image is followed by crops of it, in which the model sees more. Ids have all soft
@@ -324,6 +325,8 @@ class Gemma:
             source = part.source
             if part.noun == "sound":
                 self._hearing()
+                if isinstance(source, str) and source.startswith(("http://", "https://")):
+                    source = fetch_sound(source, private=True)
                 features = sounds.features_of(source)
                 media.append(Medium(features, content_key(features), "sound"))
                 continue
@@ -418,7 +421,8 @@ class Gemma:
     ) -> NDArray[np.float32]:
         """Return what the model thinks comes after each of `ids`, or the `last` of them: (len(ids), vocab_size).
 
-        `images` and `audio` are those whose soft tokens are among the ids; see `prompt`. Raises RequestError as `generate` does.
+        `images` and `audio` are those whose soft tokens are among the ids; see `prompt`. Raises RequestError as
+        `generate` does.
         """
         return self.device.wait(self.logits_async(ids, images=images, audio=audio, last=last))
 
@@ -649,8 +653,8 @@ def load(
       generated stay float.
     - context_length: tokens of prompt and text together; 4096 by default, or what the model has if that is less.
     - prefill_chunk: the most tokens of a prompt that are computed at once.
-    - vision: whether the tower that reads images is loaded, if the model has one. If it is False, the tower is left
-      out, and the model takes the memory of its text part alone. If it is a path, it is that of the mmproj file with
+    - vision: whether the towers are loaded that read images and hear sounds, if the model has some. If it is False,
+      they are left out, and the model takes the memory of its text part alone. If it is a path, it is that of the mmproj file with
       the tower of a .gguf file; otherwise such a file is looked for beside the model.
     - per_layer_table: where the table lies from which the layers of a Gemma 3n or Gemma 4 get inputs of their own:
       on the "gpu", or on the "host", from where the rows of the tokens are sent. The table is a third to a half of

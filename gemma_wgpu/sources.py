@@ -61,7 +61,7 @@ def _path(source: str | Path, noun: str, taken: str, files: bool) -> Path:
     if _WEB.match(text):
         raise RequestError(
             f"the {noun} is a web address, which has to be fetched first; give the bytes that "
-            "gemma_wgpu.fetch.pictures.fetch_picture returns"
+            f"gemma_wgpu.fetch.{noun}s.fetch_{noun} returns"
         )
     if not files:
         raise RequestError(f"the {noun} is a path, or a text that means nothing; only data: URIs are taken here")

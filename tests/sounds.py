@@ -1,4 +1,4 @@
-"""Five sounds that tests make, float32 at 16,000 samples a second."""
+"""Sounds that tests make, float32 at 16,000 samples a second."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from numpy.typing import NDArray
 
 RATE = 16_000
 SPEECH = Path(__file__).parent / "data" / "speech.flac"  # espeak-ng says a sentence
+
+# Around multiples of 128 and of 160 samples, and where one more frame of 513 samples begins to fit.
+LENGTHS = (
+    *(513, 639, 640, 641, 672, 673, 767, 768, 769, 800, 801, 833, 896, 897, 992, 993, 1280, 1281),
+    *(15_999, 16_000, 16_001, 479_999, 480_000),
+)
+
+
+def lasting(samples: int) -> NDArray[np.float32]:
+    """Return noise of so many samples."""
+    return np.resize(made()["noise"], samples)
 
 
 def made() -> dict[str, NDArray[np.float32]]:

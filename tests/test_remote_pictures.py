@@ -1,4 +1,4 @@
-"""Pictures come from real servers, and from no private network, whatever an address says or redirects to."""
+"""Pictures and sounds come from real servers, and from no private network, whatever an address says."""
 
 import socket
 import ssl
@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from gemma_wgpu.errors import RequestError
-from gemma_wgpu.fetch import pictures as module
-from gemma_wgpu.fetch.pictures import MOST_REDIRECTS, fetch_picture
+from gemma_wgpu.fetch import media as module
+from gemma_wgpu.fetch.media import MOST_REDIRECTS
+from gemma_wgpu.fetch.pictures import fetch_picture
+from gemma_wgpu.fetch.sounds import fetch_sound
 from gemma_wgpu.pictures import opened
 from tests.broken_pictures import REFUSED_ADDRESSES, encoded, picture
 from tests.host import Handler, Host, answer, drop, redirect, reset, silent, stall, unsized
@@ -94,6 +96,33 @@ def test_a_picture_in_chunks_arrives(host: Host) -> None:
 
     host.replies["a.png"] = [chunked]
     assert fetch_picture(f"{host.url}/a.png", private=True) == DATA
+
+
+def test_a_sound_arrives_the_same_way(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted: list[str | None] = []
+
+    def look(handler: Handler, data: bytes) -> None:
+        accepted.append(handler.headers["Accept"])
+        handler.send(200, data)
+
+    host.replies["a.png"] = [look]
+    assert fetch_sound(f"{host.url}/a.png", private=True) == fetch_picture(f"{host.url}/a.png", private=True) == DATA
+    assert accepted == ["audio/*", "image/*"]
+
+    def sentence(private: bool = True) -> str:
+        with pytest.raises(RequestError) as caught:
+            fetch_sound(f"{host.url}/a.png", private=private)
+        return str(caught.value)
+
+    assert "give the sound's bytes" in sentence(private=False)
+    host.replies["a.png"] = [drop(len(DATA) - 1)]
+    assert "before the whole sound had come" in sentence()
+    host.replies["a.png"] = [look]
+    monkeypatch.setattr(module, "MOST_BYTES", len(DATA) - 1)
+    assert "the sound has more than" in sentence()
+    host.replies["a.png"] = [silent]
+    monkeypatch.setattr(module, "SECONDS", 0.1)
+    assert "the sound did not arrive within 0.1 s" in sentence()
 
 
 @pytest.mark.parametrize("url", REFUSED_ADDRESSES)

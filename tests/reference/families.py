@@ -82,7 +82,7 @@ def write(folder: Path, name: str) -> Path:
     rng = np.random.Generator(np.random.PCG64(9))
     specs = sorted((*family.tensors(config), *family.unread(config)), key=lambda spec: spec.name)
     tensors = {
-        spec.name.replace("model.language_model.", "model."): ("bfloat16", bfloat16(_weights(spec, rng)))
+        spec.name.replace("model.language_model.", "model."): ("bfloat16", bfloat16(weights(spec, rng)))
         for spec in specs
     }
     write_hf(folder, CONFIGS[name], tensors)
@@ -99,7 +99,7 @@ def write_gguf_of(path: Path, name: str, change: Mapping[str, object] | None = N
     specs = sorted((*family.tensors(config), *family.unread(config)), key=lambda spec: spec.name)
     tensors: dict[str, Raw] = {}
     for spec in specs:
-        values = (bfloat16(_weights(spec, rng)).astype(np.uint32) << 16).view(np.float32)
+        values = (bfloat16(weights(spec, rng)).astype(np.uint32) << 16).view(np.float32)
         if spec.name.endswith("embed_tokens_per_layer.weight"):
             values = np.pad(values, ((0, config.vocab_size - len(values)), (0, 0)))
         if spec.slot:
@@ -164,7 +164,7 @@ def _of_gemma4(config: Any) -> dict[str, object]:
     }
 
 
-def _weights(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.float32]:
+def weights(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.float32]:
     mean, deviation = _spread(spec)
     return (mean + deviation * rng.standard_normal(spec.shape, np.float32)).astype(np.float32)
 

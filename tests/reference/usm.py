@@ -38,10 +38,10 @@ LENGTHS = (5, 50, 187)
 def weights() -> dict[str, NDArray[np.float32]]:
     """The tensors of the table, by their names on the hub."""
     rng = np.random.Generator(np.random.PCG64(21))
-    return {spec.name: _drawn(rng, spec.name, spec.shape) for spec in sorted(TABLE, key=lambda spec: spec.name)}
+    return {spec.name: drawn(rng, spec.name, spec.shape) for spec in sorted(TABLE, key=lambda spec: spec.name)}
 
 
-def _drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     noise = rng.standard_normal(shape, np.float32)
     if name.endswith("per_dim_scale"):
         return noise
