@@ -17,6 +17,7 @@ from gemma_wgpu.models.spec import Family, Kind, TensorSpec
 from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.tokens.tokenizer import Tokenizer
 from gemma_wgpu.tokens.vocabulary import Vocabulary
+from gemma_wgpu.weights.encodings import Encoding
 from gemma_wgpu.weights.packed import Packed
 
 
@@ -34,6 +35,20 @@ class Tensor(ABC):
     @abstractmethod
     def words(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data, Data]]:
         """Yield rows [start, stop) in one or more runs of (the first row, quants, scales). `start` is even."""
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """Return how `raw` stores rows, whose layout is `layout`; None if there is no `raw`."""
+        return None
+
+    def raw(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data]]:
+        """Yield rows [start, stop) in one or more runs of (the first row, the bytes of the rows as files store them).
+
+        Behind these there may be up to three bytes of anything, which make them whole words of four bytes. An even
+        number of blocks comes before `start`, and before each run: runs of 64 rows or of multiples of that are right
+        for any matrix. Raises ModelError if the bytes cannot be read.
+        """
+        raise NotImplementedError  # by tensors without an `encoding`
 
     @abstractmethod
     async def stay(self) -> None:

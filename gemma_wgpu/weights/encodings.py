@@ -34,6 +34,10 @@ class Encoding:
         """Say whether the weights are plain floats, one after the other."""
         return self.group == 1
 
+    def nbytes(self, weights: int) -> int:
+        """Return the bytes of so many neighbours, a whole number of groups."""
+        return weights // self.group * self.group_bytes
+
 
 def _floats(data: NDArray[np.uint8]) -> tuple[Words, Words]:
     return _words(data), np.empty(0, np.uint32)
@@ -126,3 +130,6 @@ Q5_0 = Encoding("Q5_0", Layout.INT8, 32, _Q5_0.itemsize, _q5_0)
 Q8_0 = Encoding("Q8_0", Layout.INT8, 32, _Q8_0.itemsize, _q8_0)
 Q4_K = Encoding("Q4_K", Layout.INT4_SUPER, 256, _Q4_K.itemsize, _q4_k)
 Q6_K = Encoding("Q6_K", Layout.INT8_SUPER, 256, _Q6_K.itemsize, _q6_k)
+
+DENSE = {encoding.layout: encoding for encoding in (F32, F16, BF16)}
+"""The encodings of plain floats, by their layouts, whose `quants` are the bytes of the file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gemma_wgpu.errors import ModelError
 from gemma_wgpu.files import reason
+from gemma_wgpu.gpu.device import Data
 from gemma_wgpu.models.spec import Family, Kind, TensorSpec
 from gemma_wgpu.ops.layout import Layout
 from gemma_wgpu.weights.checkpoint import Checkpoint, LocalTensor
@@ -140,19 +141,34 @@ class StoredMatrix(LocalTensor):
         """Return the layout that `pack` gives."""
         return self._stored.encoding.layout
 
+    @property
+    def encoding(self) -> Encoding | None:
+        """Return how `raw` gives rows; None if the file has them transposed, or shorter."""
+        return None if self._spec.transposed or self._is_padded else self._stored.encoding
+
+    async def raw(self, start: int, stop: int) -> AsyncIterator[tuple[int, Data]]:
+        """Yield rows [start, stop) as the file has them, in one run."""
+        data = self._read(*self._checked(start, stop))
+        yield start, data if data.size % 4 == 0 else np.concatenate((data, np.zeros(-data.size % 4, np.uint8)))
+
     def pack(self, start: int = 0, stop: int | None = None) -> Packed:
         """Return rows [start, stop), all by default; no others are read. Raises RequestError outside the matrix."""
         start, stop = self._checked(start, stop)
-        stored, (rows, cols) = self._stored, self.shape
-        if self._spec.transposed:
-            data = stored.columns(start, stop)
-        else:
-            row_bytes = stored.nbytes // rows
-            data = stored.file.read(stored.offset + start * row_bytes, (stop - start) * row_bytes)
-        if cols > self._spec.size // rows:
+        stored, cols = self._stored, self.shape[1]
+        data = stored.columns(start, stop) if self._spec.transposed else self._read(start, stop)
+        if self._is_padded:
             # Only plain floats, whose groups are single weights, can have such rows.
             data = padded(data, stop - start, cols * stored.encoding.group_bytes)
         return Packed(self.layout, stop - start, cols, *stored.encoding.split(data))
+
+    @property
+    def _is_padded(self) -> bool:
+        """Say whether rows have more columns than the file has."""
+        return self.shape[0] * self.shape[1] > self._spec.size
+
+    def _read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        row_bytes = self._stored.nbytes // self.shape[0]
+        return self._stored.file.read(self._stored.offset + start * row_bytes, (stop - start) * row_bytes)
 
 
 def matched(
