@@ -63,7 +63,7 @@ class Drawn(Weights):
     name, quantization, reports_progress, config = "random", "bf16", False, None
 
     def __init__(self, table: Sequence[TensorSpec]) -> None:
-        self.family = SimpleNamespace(name="USM", tensors=lambda config: table)  # type: ignore[assignment]
+        self.family = SimpleNamespace(name="tower", tensors=lambda config: table)  # type: ignore[assignment]
 
     @property
     def place(self) -> str:
@@ -101,7 +101,8 @@ class DrawnMatrix(LocalTensor):
     def pack(self, start: int = 0, stop: int | None = None) -> Packed:
         """Return rows [start, stop), all by default."""
         start, stop = self._checked(start, stop)
-        words = self._bits[start:stop].reshape(-1).view(np.uint32)
+        rows = self._bits[start:stop].reshape(stop - start, -1)
+        words = np.pad(rows, ((0, 0), (0, self.shape[1] - rows.shape[1]))).reshape(-1).view(np.uint32)
         return Packed(self.layout, stop - start, self.shape[1], words, np.empty(0, np.uint32))
 
 

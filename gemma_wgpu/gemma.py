@@ -654,8 +654,8 @@ def load(
     - context_length: tokens of prompt and text together; 4096 by default, or what the model has if that is less.
     - prefill_chunk: the most tokens of a prompt that are computed at once.
     - vision: whether the towers are loaded that read images and hear sounds, if the model has some. If it is False,
-      they are left out, and the model takes the memory of its text part alone. If it is a path, it is that of the mmproj file with
-      the tower of a .gguf file; otherwise such a file is looked for beside the model.
+      they are left out, and the model takes the memory of its text part alone. If it is a path, it is that of the
+      mmproj file with the tower of a .gguf file; otherwise such a file is looked for beside the model.
     - per_layer_table: where the table lies from which the layers of a Gemma 3n or Gemma 4 get inputs of their own:
       on the "gpu", or on the "host", from where the rows of the tokens are sent. The table is a third to a half of
       the weights; without it on the GPU, no step can be computed ahead of the host. "auto" keeps it on the host if

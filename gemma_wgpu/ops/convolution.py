@@ -18,8 +18,8 @@ from gemma_wgpu.ops.step import Norm
 
 BAND_BYTES = 32 << 20
 
-# A norm over channels is at most sqrt(channels) times its weight, and what no norm bounds can be larger. This power of
-# two keeps them inside float16, and the kernels that follow take it back.
+# A norm over channels is at most sqrt(channels) times its weight, and what no norm bounds can be larger. This power
+# of two keeps them inside float16, and the kernels that follow take it back.
 _SCALE = 2.0**-6
 
 
@@ -183,8 +183,8 @@ def end(
 def attention(step: EncoderStep, queries: Value, keys: Value, values: Value, *, scale: float) -> Value:
     """Let heads that share their keys and values attend (arXiv 1911.02150): softmax(scale q k) v, float32.
 
-    `queries` and the result are (count, heads * head_dim); `keys` and `values` are float32 (seen, head_dim). Each head
-    of each query is a row of one product with the keys, and of another one with the values.
+    `queries` and the result are (count, heads * head_dim); `keys` and `values` are float32 (seen, head_dim). Each
+    head of each query is a row of one product with the keys, and of another one with the values.
     """
     kernels, head_dim, seen = step.kernels, keys.size, keys.rows
     rows = queries.size // head_dim * queries.rows
