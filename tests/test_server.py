@@ -1,6 +1,7 @@
 """The server, through OpenAI's own client, on models that were written to say certain things."""
 
 import asyncio
+import base64
 import gc
 import json
 import random
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +25,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import soundfile
 from click.testing import CliRunner
 from openai import OpenAI
 from PIL import Image
@@ -41,6 +44,8 @@ from gemma_wgpu.engine.request import Request
 from gemma_wgpu.models.gemma3 import Gemma3Config
 from gemma_wgpu.options import RANGES
 from tests.broken_pictures import BROKEN, REFUSED_ADDRESSES, encoded, picture
+from tests.reference import multimodal
+from tests.sounds import RATE, made
 from tests.tiny import (
     BOS,
     END_OF_TURN,
@@ -52,7 +57,7 @@ from tests.tiny import (
     token,
     write_folder,
 )
-from tests.tiny_vision import IMAGE_TOKENS, NOISE, RED, data_uri, write_sighted
+from tests.tiny_vision import IMAGE_TOKENS, NOISE, RED, data_uri, write_sighted, write_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -588,7 +593,9 @@ def test_images_on_the_web_are_not_fetched_unasked(sighted: Served, monkeypatch:
     [
         ({"type": "image", "path": "/etc/passwd"}, "'image'"),
         ({"type": "image", "image": "/etc/passwd"}, "'image'"),
-        ({"type": "input_audio"}, "'input_audio'"),
+        ({"type": "input_audio"}, "an input_audio is not of the form"),
+        ({"type": "input_audio", "input_audio": {"data": 5, "format": "wav"}}, "an input_audio is not of the form"),
+        ({"type": "video_url"}, "'video_url'"),
         ({}, "None"),
         ({"type": "image_url"}, "image_url"),
         ({"type": "image_url", "image_url": data_uri(RED)}, "image_url"),
@@ -604,6 +611,44 @@ def test_parts_that_are_none(sighted: Served, part: dict[str, Any], named: str) 
         400,
         named,
         param="messages[2].content",
+    )
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Serve a model that sees and hears, with random weights."""
+    folder = multimodal.write(tmp_path_factory.mktemp("hearing"))
+    write_tokenizer(folder, 512)
+    with load(folder, precision="f32", context_length=128) as gemma, serving(gemma) as served:
+        yield served
+
+
+def test_a_sound_is_heard(hearing: Served, served: Served) -> None:
+    file = BytesIO()
+    soundfile.write(file, made()["tone"], RATE, format="WAV")
+    data = file.getvalue()
+    sound: dict[str, Any] = {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"},
+    }
+    messages: Any = [{"role": "user", "content": [sound]}]
+    said = hearing.client.chat.completions.create(**GREEDY, messages=messages, max_tokens=8)
+    same: Any = [{"role": "user", "content": [{"type": "audio", "audio": data}]}]
+    generation = hearing.gemma.chat(same, temperature=0, max_new_tokens=8)
+    assert said.choices[0].message.content == generation.result()
+    assert said.usage and said.usage.prompt_tokens == generation.stats.prompt_tokens > multimodal.SOUND_TOKENS
+    refused(
+        lambda: served.client.chat.completions.create(**GREEDY, messages=messages),
+        400,
+        "message 0 has a sound, but this model has no ears",
+        param="messages",
+    )
+    sound["input_audio"]["data"] = base64.b64encode(b"no sound").decode()
+    refused(
+        lambda: hearing.client.chat.completions.create(**GREEDY, messages=messages),
+        400,
+        "the sound: this is no sound of a kind that can be read",
+        param="messages[0].content",
     )
 
 

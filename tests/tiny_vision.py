@@ -70,10 +70,17 @@ def write_sighted(folder: Path, hf: Mapping[str, object] = HF, weights: Weights 
             noise = (spec.kind is Kind.NORM) + np.float32(0.3) * noise
         stored[spec.name] = noise
     write_hf(folder, sighted(hf), {name: ("float32", values.astype(np.float32)) for name, values in stored.items()})
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path, size: int = 0) -> None:
+    """Write a tokenizer.json that has the tokens of chats and of images, and `size` tokens at least."""
     types = [*TYPES[:_TEXT_PIECES], *[CONTROL] * len(_MARKERS)]
     pieces = [*PIECES[:_TEXT_PIECES], *_MARKERS]
+    more = range(len(pieces), size)
+    pieces, types = [*pieces, *(f"[{number}]" for number in more)], [*types, *(CONTROL for _ in more)]
     content = tokenizer_json(Vocabulary(pieces, -np.arange(len(pieces), dtype=np.float32), np.array(types, np.int32)))
     for entry in content["added_tokens"]:
         entry["special"] = True
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    return folder

@@ -1,6 +1,7 @@
-"""The images in the messages of a chat: from the parts that OpenAI's API has for them to a prompt.
+"""The images and sounds in the messages of a chat: from the parts that OpenAI's API has for them to a prompt.
 
-A client gives an image's data, or its address on the web. No part of a message reaches a file of this machine.
+A client gives a sound's data, and an image's data or its address on the web. No part of a message reaches a file of
+this machine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_wgpu import sounds
 from gemma_wgpu.engine.prompt import Prompt
 from gemma_wgpu.engine.thoughts import Thoughts
 from gemma_wgpu.errors import ContextError, RequestError
@@ -25,7 +27,7 @@ from gemma_wgpu.gemma import Gemma
 from gemma_wgpu.models.keys import shown
 
 MOST_TEXT = 1 << 20  # characters of all messages together
-MOST_IMAGES = 64  # of all messages together
+MOST_MEDIA = 64  # images and sounds of all messages together
 
 _DETAILS = (None, "auto", "low", "high")  # the model reads all of them alike
 _GIVE = "give the image's data, as data:image/png;base64,..."
@@ -37,7 +39,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Images:
-    """Makes prompts of chats with images.
+    """Makes prompts of chats with images and sounds.
 
     Pictures are decoded one at a time, so that they take little memory however many clients there are. Those on the
     web are fetched if `remote` is true. With `pan_and_scan`, long ones are followed by crops of them.
@@ -56,18 +58,25 @@ class Images:
         Raises RequestError, whose `option` is what is at fault, and ContextError. What is wrong with the messages is
         said before a picture is fetched or decoded.
         """
-        urls, ids = await asyncio.to_thread(self._checked, messages, thinking)
+        media, ids = await asyncio.to_thread(self._checked, messages, thinking)
         views: list[list[NDArray[np.float32]]] = []
-        for param, url in urls:
+        heard: list[NDArray[np.float32]] = []
+        for param, noun, url in media:
             with _about(param):
                 source = url if _DATA.match(url) else await self._fetched(url)
                 async with self._decoding:
-                    views.append(await asyncio.to_thread(self._views, source))
-        return await asyncio.to_thread(self._placed, messages, thinking, ids, views)
+                    if noun == "sound":
+                        heard.append(await asyncio.to_thread(sounds.features_of, source, files=False))
+                    else:
+                        views.append(await asyncio.to_thread(self._views, source))
+        return await asyncio.to_thread(self._placed, messages, thinking, ids, views, heard)
 
-    def _checked(self, messages: Messages, thinking: str) -> tuple[list[tuple[str, str]], list[int]]:
-        """Return the URLs of the images, each with the name of the content that has it, and the ids of the prompt."""
-        urls = []
+    def _checked(self, messages: Messages, thinking: str) -> tuple[list[tuple[str, str, str]], list[int]]:
+        """Return the images and sounds, and the ids of the prompt.
+
+        Each has the name of the content that it is in, "image" or "sound", and its URL.
+        """
+        media = []
         text = 0
         for index, message in enumerate(messages):
             param, content = f"messages[{index}].content", message["content"]
@@ -76,36 +85,46 @@ class Images:
                 text += len(content)
                 continue
             with _about(param):
-                urls += [(param, url) for part in content if (url := self._url(part)) is not None]
+                media += [(param, *found) for part in content if (found := self._medium(part)) is not None]
             text += sum(len(part["text"]) for part in content if isinstance(part.get("text"), str))
         if text > MOST_TEXT:
             raise RequestError(
                 f"the messages have {text:,} characters of text, and {MOST_TEXT:,} are the limit; shorten them",
                 option="messages",
             )
-        if len(urls) > MOST_IMAGES:
+        if len(media) > MOST_MEDIA:
             raise RequestError(
-                f"the messages have {len(urls)} images, and {MOST_IMAGES} are the limit; send fewer",
+                f"the messages have {len(media)} images and sounds, and {MOST_MEDIA} are the limit; send fewer",
                 option="messages",
             )
         try:
             ids = self._gemma.chat_ids(messages, thinking=thinking)
         except RequestError as error:
             raise RequestError(str(error), option="messages") from error
-        if urls and len(ids) > self._gemma.context_length:
+        if media and len(ids) > self._gemma.context_length:
             raise ContextError(
                 f"the prompt has {len(ids):,} tokens, more than the context_length of "
-                f"{self._gemma.context_length:,}; send fewer images or less text"
+                f"{self._gemma.context_length:,}; send fewer images and sounds or less text"
             )
-        return urls, ids
+        return media, ids
 
-    def _url(self, part: Mapping[str, Any]) -> str | None:
-        """Return the URL of a part that is an image, and None for a text."""
+    def _medium(self, part: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Return what a part is, "image" or "sound", and its URL, or None for a text."""
         kind = part.get("type")
         if kind == "text":
             return None
+        if kind == "input_audio":
+            sound = part.get("input_audio")
+            data = sound.get("data") if isinstance(sound, Mapping) else None
+            if not isinstance(data, str):
+                raise RequestError('an input_audio is not of the form {"data": "base64", "format": "wav"}')
+            return "sound", f"data:;base64,{data}"
         if kind != "image_url":
-            raise RequestError(f"a part has the type {shown(kind)}; it must be text or image_url")
+            raise RequestError(f"a part has the type {shown(kind)}; it must be text, image_url or input_audio")
+        return "image", self._url(part)
+
+    def _url(self, part: Mapping[str, Any]) -> str:
+        """Return the URL of an image."""
         image = part.get("image_url")
         url = image.get("url") if isinstance(image, Mapping) else None
         if not isinstance(image, Mapping) or not isinstance(url, str):
@@ -144,13 +163,19 @@ class Images:
         return vision.views(source, pan_and_scan=self._pan_and_scan, files=False)
 
     def _placed(
-        self, messages: Messages, thinking: str, ids: list[int], views: Sequence[Sequence[NDArray[np.float32]]]
+        self,
+        messages: Messages,
+        thinking: str,
+        ids: list[int],
+        views: Sequence[Sequence[NDArray[np.float32]]],
+        heard: Sequence[NDArray[np.float32]],
     ) -> Prompt:
-        """Return the prompt with the images in it, and with their crops, which `ids` lack."""
+        """Return the prompt with the images and sounds in it, and with crops of images, which `ids` lack."""
         gemma, crops = self._gemma, [len(each) - 1 for each in views]
         prompt = gemma.prompt(
             gemma.chat_ids(messages, thinking=thinking, crops=crops) if any(crops) else ids,
             [pixels for each in views for pixels in each],
+            heard,
         )
         return replace(prompt, thoughts=Thoughts.of(gemma.family.chat, gemma.tokenizer, thinking))
 

@@ -80,6 +80,22 @@ _ContentPart = Annotated[
                     },
                     "required": ["type", "image_url"],
                 },
+                {
+                    "title": "AudioPart",
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "input_audio"},
+                        "input_audio": {
+                            "type": "object",
+                            "properties": {
+                                "data": {"type": "string", "description": "The sound's file, in base64."},
+                                "format": {"type": "string", "description": "It is not needed."},
+                            },
+                            "required": ["data"],
+                        },
+                    },
+                    "required": ["type", "input_audio"],
+                },
             ]
         }
     ),
