@@ -14,6 +14,7 @@ from typing import Any
 
 import pexpect  # type: ignore[import-untyped]
 import pytest
+import soundfile
 
 from gemma_wgpu import Gemma, load
 from gemma_wgpu.apps.conversation import Conversation
@@ -24,8 +25,10 @@ from gemma_wgpu.errors import DeviceError, RequestError
 from gemma_wgpu.models.gemma3 import Gemma3Config
 from gemma_wgpu.options import RANGES, Options
 from tests.broken_pictures import encoded, picture
+from tests.reference import multimodal
+from tests.sounds import RATE, made
 from tests.tiny import END_OF_TURN, HF, scripted_weights, token, write_folder
-from tests.tiny_vision import IMAGE_TOKENS, NOISE, RED, write_sighted
+from tests.tiny_vision import IMAGE_TOKENS, NOISE, RED, write_sighted, write_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -459,3 +462,36 @@ def test_options_that_are_wrong(model: str, tmp_path: Path) -> None:
 )
 def test_paragraphs_are_shown_when_they_are_whole(text: str, done: str, rest: str) -> None:
     assert _split(text) == (done, rest)
+
+
+def test_a_sound_goes_with_the_next_message(
+    seeing: Gemma, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It is heard as it was, and a conversation that is kept has its path."""
+    folder = multimodal.write(tmp_path / "hearing")
+    write_tokenizer(folder, 512)
+    tone = tmp_path / "tone.wav"
+    soundfile.write(tone, made()["tone"], RATE)
+    with load(folder, precision="f32", context_length=256) as gemma:
+        with talk(gemma, capsys) as talking:
+            with pytest.raises(RequestError, match="none.wav: there is no such file"):
+                talking.take(f"/audio {tmp_path}/none.wav")
+            assert "tone.wav, 1.0 seconds, goes with the next message." in talking.take(f"/audio '{tone}'")
+            assert "No sound goes with the next message." in talking.take("/audio")
+            talking.take(f"/audio {tone}")
+            said = talking.take("so")
+            parts: list[Any] = [{"type": "audio", "path": tone}, {"type": "text", "text": "so"}]
+            text = gemma.chat([{"role": "user", "content": parts}], temperature=0, max_new_tokens=6).result()
+            assert said.startswith(text)
+            talking.take(f"/save {tmp_path}/kept.json")
+            tone.write_bytes(b"")
+            talking.take("it")
+            assert talking.asked[-1].stats.encoded_images == 0
+        tone.unlink()
+        with talk(gemma, capsys) as talking, pytest.raises(RequestError, match="tone.wav: there is no such file"):
+            talking.take(f"/load {tmp_path}/kept.json")
+    with talk(seeing, capsys) as talking:
+        with pytest.raises(RequestError, match="there are sounds in it, and seeing has no ears; load a model that h"):
+            talking.take(f"/load {tmp_path}/kept.json")
+        with pytest.raises(RequestError, match="tone.wav: seeing has no ears; load a model that hears"):
+            talking.take(f"/audio {tone}")

@@ -14,7 +14,7 @@ from gemma_wgpu.files import reason, replacing
 from gemma_wgpu.tokens.messages import Message
 
 Turn = dict[str, Any]
-"""A message. Its content is a text or, if it is the user's and has images, a list of texts and of paths of images."""
+"""A message. Its content is a text or, if it is the user's, a list of texts and of paths of images and sounds."""
 
 Encode = Callable[[Sequence[Message]], Sequence[int]]
 """This returns the prompt that messages make, as token ids; `Gemma.chat_ids` is one."""
@@ -50,12 +50,21 @@ class Conversation:
     @property
     def images(self) -> list[Path]:
         """Return the paths of the images in all turns, in order."""
-        parts = [part for turn in self.turns if isinstance(turn["content"], list) for part in turn["content"]]
-        return [Path(part["path"]) for part in parts if part["type"] == "image"]
+        return self._paths("image")
 
-    def say(self, text: str, images: Sequence[Path] = ()) -> None:
-        """Add a turn of the user; the images, which are named by their paths, stand in front of the text."""
+    @property
+    def sounds(self) -> list[Path]:
+        """Return the paths of the sounds in all turns, in order."""
+        return self._paths("audio")
+
+    def _paths(self, kind: str) -> list[Path]:
+        parts = [part for turn in self.turns if isinstance(turn["content"], list) for part in turn["content"]]
+        return [Path(part["path"]) for part in parts if part["type"] == kind]
+
+    def say(self, text: str, images: Sequence[Path] = (), sounds: Sequence[Path] = ()) -> None:
+        """Add a turn of the user; images and sounds, which are named by their paths, stand in front of the text."""
         parts = [{"type": "image", "path": str(path)} for path in images]
+        parts += [{"type": "audio", "path": str(path)} for path in sounds]
         content = [*parts, {"type": "text", "text": text}] if parts else text
         self.turns.append({"role": "user", "content": content})
 
@@ -116,7 +125,7 @@ class Conversation:
 
     @classmethod
     def load(cls, path: Path) -> tuple[Conversation, dict[str, Any]]:
-        """Read what `save` wrote; its images are not opened.
+        """Read what `save` wrote; its images and sounds are not opened.
 
         Raises RequestError for a file that is missing or holds something else.
         """
@@ -147,8 +156,8 @@ def _is_content(content: object, *, of_user: bool) -> bool:
 
 
 def _is_part(part: object) -> bool:
-    """Say whether it is a text or the path of an image."""
+    """Say whether it is a text, or the path of an image or a sound."""
     if not isinstance(part, dict):
         return False
-    named = {"text": "text", "image": "path"}.get(str(part.get("type")), "")
+    named = {"text": "text", "image": "path", "audio": "path"}.get(str(part.get("type")), "")
     return part.keys() == {"type", named} and isinstance(part[named], str)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
@@ -21,7 +23,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.text import Text
 
-from gemma_wgpu import pictures
+from gemma_wgpu import pictures, sounds
 from gemma_wgpu.apps.conversation import Conversation, spoken
 from gemma_wgpu.engine.request import Piece, Stats
 from gemma_wgpu.engine.thoughts import wants
@@ -76,9 +78,11 @@ class Chat:
         self._stats: Stats | None = None
         self._over = False
         self._live: Live | None = None  # while a reply comes
-        # Images stay as they were when they were opened, whatever becomes of the files.
+        # Images and sounds stay as they were when they were opened, whatever becomes of the files.
         self._opened: dict[Path, _Opened] = {}
-        self._images: list[Path] = []  # for the next message, as these texts are
+        self._heard: dict[Path, NDArray[np.float32]] = {}
+        self._images: list[Path] = []  # for the next message, as these sounds and texts are
+        self._sounds: list[Path] = []
         self._files = [text for path in files if (text := self._read(path)) is not None]
 
     def run(self) -> None:
@@ -104,18 +108,20 @@ class Chat:
             _COMMANDS[name](self, argument.strip())
         elif line:
             text = line.removeprefix(_QUOTES).removesuffix(_QUOTES).strip()
-            self._conversation.say("\n\n".join([*self._files, text]), self._images)
+            self._conversation.say("\n\n".join([*self._files, text]), self._images, self._sounds)
             self._files.clear()
             self._images.clear()
+            self._sounds.clear()
             self._answer()
 
     def _answer(self) -> None:
         """Reply to the last message. If that fails, or is interrupted before there is text, it is taken back."""
         try:
             self._opened = {path: self._open(path) for path in self._conversation.images}  # the others have gone
+            self._heard = {path: self._hear(path) for path in self._conversation.sounds}
             dropped = self._conversation.fit(self._encode, self._gemma.context_length)
             generation = self._gemma.chat(
-                [self._with_images(message) for message in self._conversation.messages],
+                [self._with_media(message) for message in self._conversation.messages],
                 thinking=self._thinking,
                 pan_and_scan=self._pan_and_scan,
                 progress=self._show_progress,
@@ -222,16 +228,19 @@ class Chat:
             gemma.tokenizer, messages, thinking=wants(self._thinking), media=gemma.media_tokens, crops=crops
         )
 
-    def _with_images(self, message: Message) -> Message:
-        """Return a message of the conversation with its images in the place of their paths."""
+    def _with_media(self, message: Message) -> Message:
+        """Return a message of the conversation with its images and sounds in the place of their paths."""
         content = message["content"]
         if not isinstance(content, list):
             return message
-        parts = [
-            {"type": "image", "image": self._open(Path(part["path"])).image} if part["type"] == "image" else part
-            for part in content
-        ]
-        return {**message, "content": parts}
+        return {**message, "content": [self._with_medium(part) for part in content]}
+
+    def _with_medium(self, part: Mapping[str, str]) -> Mapping[str, object]:
+        if part["type"] == "image":
+            return {"type": "image", "image": self._open(Path(part["path"])).image}
+        if part["type"] == "audio":
+            return {"type": "audio", "audio": self._hear(Path(part["path"]))}
+        return part
 
     def _open(self, path: Path) -> _Opened:
         """Return an image. Raises RequestError if it cannot be read."""
@@ -239,6 +248,12 @@ class Chat:
             image = pictures.opened(path)
             self._opened[path] = _Opened(image, len(pictures.crops(image)) if self._pan_and_scan else 0)
         return self._opened[path]
+
+    def _hear(self, path: Path) -> NDArray[np.float32]:
+        """Return the features of a sound. Raises RequestError if it cannot be read."""
+        if path not in self._heard:
+            self._heard[path] = sounds.features_of(path)
+        return self._heard[path]
 
     def _attach(self, path: Path) -> None:
         """Put an image in front of the next message. Raises RequestError if it cannot be read, or not seen."""
@@ -288,6 +303,21 @@ class Chat:
             self._images.clear()
             self._note("No image goes with the next message.")
 
+    def _audio(self, path: str) -> None:
+        """Let a sound be heard with the next message: /audio FILE. Without FILE, none is heard."""
+        if not path:
+            self._sounds.clear()
+            self._note("No sound goes with the next message.")
+            return
+        file = _path(path.strip("'\""))
+        if "sound" not in self._gemma.media_tokens:
+            raise RequestError(f"{file}: {self._gemma.name} has no ears; load a model that hears, as Gemma 3n does")
+        file = file.absolute()
+        self._heard.pop(file, None)  # the file may have changed
+        seconds = len(self._hear(file)) / 100
+        self._sounds.append(file)
+        self._note(f"{file.name}, {seconds:,.1f} seconds, goes with the next message.")
+
     def _system(self, text: str) -> None:
         """Set how the model is to behave: /system TEXT. Without TEXT, nothing is asked of it."""
         self._conversation.system = text
@@ -297,7 +327,9 @@ class Chat:
         """Begin anew, with the same system text."""
         self._conversation.turns.clear()
         self._images.clear()
+        self._sounds.clear()
         self._opened.clear()
+        self._heard.clear()
         self._note("The conversation is forgotten.")
 
     def _statistics(self, _: str) -> None:
@@ -352,8 +384,14 @@ class Chat:
                 f"{path}: there are images in it, and {self._gemma.name} reads text only; load a model that reads "
                 "images"
             )
+        if conversation.sounds and "sound" not in self._gemma.media_tokens:
+            raise RequestError(
+                f"{path}: there are sounds in it, and {self._gemma.name} has no ears; load a model that hears"
+            )
         for image in conversation.images:
             self._open(image)
+        for sound in conversation.sounds:
+            self._hear(sound)
         self._conversation = conversation
         self._note(f"{len(conversation.turns)} messages.")
 
@@ -392,6 +430,7 @@ class Chat:
 _COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "help": Chat._help,
     "image": Chat._image,
+    "audio": Chat._audio,
     "system": Chat._system,
     "reset": Chat._reset,
     "think": Chat._think,
@@ -415,7 +454,7 @@ class _Completer(Completer):
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         """Return what the line before the cursor can become."""
         name, space, path = document.text_before_cursor.partition(" ")
-        if space and name in ("/image", "/load", "/save"):
+        if space and name in ("/image", "/audio", "/load", "/save"):
             return self._paths.get_completions(Document(path), complete_event)
         return self._names.get_completions(document, complete_event)
 
