@@ -6,22 +6,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gemma_wgpu.engine.encoder import Encoder
-from gemma_wgpu.engine.prompt import Medium
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.gpu.native import open_native
 from gemma_wgpu.models.mobilenet_v5 import MobileNetV5
 from gemma_wgpu.ops import convolution
 from gemma_wgpu.ops.encoder import EncoderStep
-from gemma_wgpu.ops.kernels import Kernels
-from gemma_wgpu.ops.launch import Value, record
-from gemma_wgpu.ops.scratch import Scratch
-from gemma_wgpu.ops.step import Norms
+from gemma_wgpu.ops.launch import Value
 from gemma_wgpu.ops.tuning import Tuning
 from gemma_wgpu.weights.upload import Upload
 from tests.held import Held
 from tests.reference.golden import FOLDER, largest_error
 from tests.reference.mobilenet import CONFIG, TABLE, pixels, weights
+from tests.towers import computed, features
 
 Report = Callable[[str], None]
 Floats = NDArray[np.float32]
@@ -55,52 +51,26 @@ def error(ours: Floats, expected: Floats) -> float:
     return largest_error(ours, expected) / float(np.abs(expected).max())
 
 
-def features(device: Device, tower: MobileNetV5, image: int, *, half: bool) -> Floats:
-    kernels = Kernels(device, half=half, tuning=TUNING)
-    encoder = Encoder(device, kernels, Norms(device), tower)
-    made = device.wait(encoder.encode(Medium(pixels()[image], -1, "image")))
-    kernels.close()
-    return made
-
-
-def computed(device: Device, write: Callable[[EncoderStep], Value], patches: Floats) -> Floats:
-    """What a part of a tower makes of patches, in F32."""
-    kernels, scratch = Kernels(device, half=False, tuning=TUNING), Scratch(device)
-    step = EncoderStep(device, kernels, Norms(device), *patches.shape)
-    out = write(step)
-    placed = scratch.place(step.launches, [out])
-    if step.patches in placed:
-        device.write(placed[step.patches], np.pad(patches, ((0, 0), (0, step.patches.size - patches.shape[1]))))
-
-    async def read() -> NDArray[np.uint8]:
-        return await device.read(placed[out], 0, out.nbytes, after=[record(device, step.launches, placed)])
-
-    made = device.wait(read()).view(np.float32).reshape(out.rows, out.size).copy()
-    for each in (step, scratch, kernels):
-        each.close()
-    return made
-
-
 @both_images
 def test_images_in_between(device: Device, tower: MobileNetV5, image: int, report: Report) -> None:
     def last(step: EncoderStep) -> Value:
         return tower.images(step)[-1].x
 
-    apart = error(computed(device, last, tower.patches(pixels()[image])), RECORDED["last"][image])
+    apart = error(computed(device, last, tower.patches(pixels()[image]), tuning=TUNING), RECORDED["last"][image])
     report(f"{apart:.1e} of the largest")
     assert apart < F32
 
 
 @both_images
 def test_features(device: Device, tower: MobileNetV5, image: int, report: Report) -> None:
-    apart = error(features(device, tower, image, half=False), RECORDED["features"][image])
+    apart = error(features(device, tower, pixels()[image], half=False, tuning=TUNING), RECORDED["features"][image])
     report(f"{apart:.1e} of the largest")
     assert apart < F32
 
 
 @both_images
 def test_f16_features(device: Device, tower: MobileNetV5, image: int, report: Report) -> None:
-    apart = error(features(device, tower, image, half=True), RECORDED["features"][image])
+    apart = error(features(device, tower, pixels()[image], half=True, tuning=TUNING), RECORDED["features"][image])
     report(f"{apart:.1e} of the largest")
     assert apart < F16
 
@@ -116,19 +86,21 @@ def test_f16_range(device: Device, report: Report) -> None:
     def first(step: EncoderStep) -> Value:
         return tower.images(step)[0].x
 
-    assert np.abs(computed(device, first, tower.patches(pixels()[0]))).max() > np.finfo(np.float16).max
-    apart = error(features(device, tower, 0, half=True), RECORDED["features"][0])
+    assert np.abs(computed(device, first, tower.patches(pixels()[0]), tuning=TUNING)).max() > np.finfo(np.float16).max
+    apart = error(features(device, tower, pixels()[0], half=True, tuning=TUNING), RECORDED["features"][0])
     report(f"{apart:.1e} of the largest")
     assert apart < F16
 
 
 def test_bands(device: Device, tower: MobileNetV5, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images that are made in bands of one row are the same."""
-    whole = features(device, tower, 0, half=False)
+    whole = features(device, tower, pixels()[0], half=False, tuning=TUNING)
     monkeypatch.setattr(convolution, "BAND_BYTES", 1)
-    assert np.array_equal(features(device, tower, 0, half=False), whole)
+    assert np.array_equal(features(device, tower, pixels()[0], half=False, tuning=TUNING), whole)
 
 
 def test_hard_rows(device: Device, tower: MobileNetV5) -> None:
-    assert error(computed(device, tower.hard_rows, np.zeros((1, 1), np.float32)), RECORDED["hard"]) < F32
+    assert (
+        error(computed(device, tower.hard_rows, np.zeros((1, 1), np.float32), tuning=TUNING), RECORDED["hard"]) < F32
+    )
     assert tower.hard == range(500, 505)

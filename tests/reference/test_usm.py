@@ -6,21 +6,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gemma_wgpu.engine.encoder import Encoder
-from gemma_wgpu.engine.prompt import Medium
 from gemma_wgpu.gpu.device import Device
 from gemma_wgpu.gpu.native import open_native
 from gemma_wgpu.models.usm import Usm
-from gemma_wgpu.ops.encoder import EncoderStep
-from gemma_wgpu.ops.kernels import Kernels
-from gemma_wgpu.ops.launch import Value, record
-from gemma_wgpu.ops.scratch import Scratch
-from gemma_wgpu.ops.step import Norms
 from gemma_wgpu.ops.tuning import Tuning
 from gemma_wgpu.weights.upload import Upload
 from tests.held import Held
 from tests.reference.golden import FOLDER, largest_error
 from tests.reference.usm import CONFIG, LENGTHS, TABLE, sound, weights
+from tests.towers import computed, features
 
 Report = Callable[[str], None]
 
@@ -54,44 +48,16 @@ def error(ours: NDArray[np.float32], name: str) -> float:
     return largest_error(ours, RECORDED[name]) / float(np.abs(RECORDED[name]).max())
 
 
-def features(device: Device, tower: Usm, frames: int, *, half: bool) -> NDArray[np.float32]:
-    kernels, norms = Kernels(device, half=half, tuning=TUNING), Norms(device)
-    encoder = Encoder(device, kernels, norms, tower)
-    made = device.wait(encoder.encode(Medium(sound(frames), -1, "sound")))
-    kernels.close()
-    return made
-
-
-def computed(
-    device: Device, write: Callable[[EncoderStep], Value], patches: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """What a part of a tower makes of frames, in F32."""
-    kernels, scratch = Kernels(device, half=False, tuning=TUNING), Scratch(device)
-    step = EncoderStep(device, kernels, Norms(device), *patches.shape)
-    out = write(step)
-    placed = scratch.place(step.launches)
-    if step.patches in placed:
-        device.write(placed[step.patches], patches)
-
-    async def read() -> NDArray[np.uint8]:
-        return await device.read(placed[out], 0, out.nbytes, after=[record(device, step.launches, placed)])
-
-    made = device.wait(read()).view(np.float32).reshape(out.rows, out.size).copy()
-    for each in (step, scratch, kernels):
-        each.close()
-    return made
-
-
 @every_length
 def test_encoded(device: Device, tower: Usm, frames: int, report: Report) -> None:
-    apart = error(computed(device, tower.encoded, sound(frames)), f"encoded_{frames}")
+    apart = error(computed(device, tower.encoded, sound(frames), tuning=TUNING), f"encoded_{frames}")
     report(f"{apart:.1e} of the largest")
     assert apart < F32
 
 
 @every_length
 def test_features(device: Device, tower: Usm, frames: int, report: Report) -> None:
-    ours = features(device, tower, frames, half=False)
+    ours = features(device, tower, sound(frames), half=False, tuning=TUNING)
     apart = error(ours, f"features_{frames}")
     report(f"{apart:.1e} of the largest")
     assert apart < F32
@@ -102,13 +68,13 @@ def test_features(device: Device, tower: Usm, frames: int, report: Report) -> No
 
 @every_length
 def test_f16_features(device: Device, tower: Usm, frames: int, report: Report) -> None:
-    apart = error(features(device, tower, frames, half=True), f"features_{frames}")
+    apart = error(features(device, tower, sound(frames), half=True, tuning=TUNING), f"features_{frames}")
     report(f"{apart:.1e} of the largest")
     assert apart < F16
 
 
 def test_hard_rows(device: Device, tower: Usm) -> None:
-    assert error(computed(device, tower.hard_rows, sound(1)), "hard") < F32
+    assert error(computed(device, tower.hard_rows, sound(1), tuning=TUNING), "hard") < F32
     assert tower.hard == range(500, 505)
 
 
