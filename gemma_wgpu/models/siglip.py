@@ -237,7 +237,7 @@ class Siglip(VisionModel):
 
     def __init__(self, config: SiglipConfig) -> None:
         self.config, self.tokens = config, config.tokens
-        self.image_size = config.image_size
+        self.image_size, self.patch_size, self.grid = config.image_size, config.patch_size, config.grid
 
     @classmethod
     async def load(cls, config: SiglipConfig, loader: Loader, *, eps: float) -> Siglip:
@@ -272,7 +272,7 @@ class Siglip(VisionModel):
 
     def patches(self, data: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the patches of an image (3, image_size, image_size), row by row: (grid^2, 3 * patch_size^2)."""
-        grid, size = self.config.grid, self.config.patch_size
+        grid, size = self.grid, self.patch_size
         return data.reshape(3, grid, size, grid, size).transpose(1, 3, 0, 2, 4).reshape(grid * grid, -1)
 
     def forward(self, step: EncoderStep) -> Value:
@@ -286,5 +286,5 @@ class Siglip(VisionModel):
             x = step.add(x, step.linear(layer.fc2, step.gelu(h)))
             step.pause()
         h = step.layer_norm(x, self.post_layernorm, half=False)
-        h = step.average_pool(h, self.config.grid // math.isqrt(self.tokens.count))
+        h = step.average_pool(h, self.grid // math.isqrt(self.tokens.count))
         return step.linear(self.projection, step.rms_norm(h, self.soft_norm))
